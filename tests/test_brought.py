@@ -828,7 +828,7 @@ def test_clip_retrieval_352_a_text_file_beside_an_image_is_its_caption(tmp_path)
     for i in range(3):
         pair = data[i, 0]
         assert pair.caption == f"picture {round(pair.pixels[0].max().item() / 40)}"
-    assert data.skipped == [f"{tmp_path}: images without a caption in a .txt: 1"]
+    assert data.skipped == [f"{tmp_path}: images without a .txt with a caption in UTF-8: 1"]
     for path in tmp_path.rglob("*.txt"):
         text = path.read_text("utf-8-sig")
         path.write_text("0 0.48 0.63 0.69 0.71\n")  # YOLO's labels for detection

@@ -18,6 +18,7 @@ from miniclip import CLIP, ImageTransform, load
 from miniclip.commands.main import main
 from miniclip.engines import encode_with
 from miniclip.evaluation import scorer
+from miniclip.retrieval.building import only_writer
 from miniclip.training import batches, from_scratch, open_data, train
 from miniclip.training import run as run_module
 from miniclip.training import shards as shards_module
@@ -80,6 +81,33 @@ def test_parts_are_frozen_by_their_names(freeze, trained):
     left = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {name.partition(".")[0] for name in left} == trained
     assert not any(".blocks." in name for name in left if name.startswith("vision"))
+
+
+def test_a_part_is_frozen_only_during_its_run(tmp_path):
+    model, tokenizer = new_model()
+    model.text.pos_embed.requires_grad_(False)  # the user's choice stays
+    for i, freeze in enumerate(("vision", "")):
+        before = model.vision.proj.weight.clone()
+        recipe = replace(QUICK, epochs=1, freeze=freeze)
+        train(model, tokenizer, TRANSFORM, Spots(), recipe, tmp_path / str(i))
+        assert torch.equal(before, model.vision.proj.weight) == (freeze == "vision")
+        fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert fixed == ["text.pos_embed"]
+
+
+@pytest.mark.parametrize("fixed", [{"freeze": "logit_scale"}, {"lora": 2}])
+def test_a_frozen_logit_scale_is_not_clamped(fixed, tmp_path):
+    model, tokenizer = new_model()
+    model.logit_scale.data.fill_(5.0)  # above the limit, ln 100
+    train(model, tokenizer, TRANSFORM, Spots(), replace(QUICK, epochs=1, **fixed), tmp_path)
+    assert model.logit_scale.item() == 5.0
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    with only_writer(tmp_path / "out"):
+        with pytest.raises(ValueError, match="another process is writing here"):
+            run(tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_freezing_an_absent_part_or_everything_is_an_error():
@@ -264,6 +292,17 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
         }
 
 
+def test_a_folder_called_shapes_is_not_the_drawn_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_data("shapes", TRANSFORM)
+    for name in ("circle", "square"):
+        (tmp_path / "shapes" / name).mkdir(parents=True)
+        (tmp_path / "shapes" / name / "a.png").touch()
+    with pytest.raises(ValueError, match="the drawn world, but .*: write ./shapes"):
+        open_data("shapes", TRANSFORM)
+    assert len(open_data("./shapes", TRANSFORM)) == 2
+
+
 def test_folders_of_splits_are_not_classes(tmp_path):
     """A folder one level too high would teach "a photo of a train.", and score it."""
     for name in ("all/train/cat", "all/train/dog", "all/test/cat", "all/test/dog", "one/cat"):
@@ -385,6 +424,9 @@ def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):
     data, found = captions_of(f"{name}::{shards}/gone.tar::memory://gone.tar", batch=4)
     assert 6 < len(data) < 12 and all(len(captions) == 4 for captions in found)
     assert any("head" in reason and "exit status 3" in reason for reason in data.skipped)
+    absent = open_data("file:///absent.tar", ImageTransform(SIZE))
+    assert len(absent) == 0
+    assert absent.skipped == ["file:///absent.tar: No such file or directory"]
     for name in ("absent.tar", "gone.tar", "memory://gone.tar"):
         assert any(reason.partition(": ")[0].endswith(name) or name in reason
                    for reason in data.skipped), name  # fmt: skip

@@ -29,7 +29,7 @@ from miniclip.checkpoint import Loaded
 from miniclip.commands.main import main
 from miniclip.files import ahead
 from miniclip.retrieval import building
-from miniclip.retrieval.building import build_index, embed_images, only_builder
+from miniclip.retrieval.building import build_index, embed_images, only_writer
 from miniclip.retrieval.index import (
     Encoder,
     Index,
@@ -1068,8 +1068,8 @@ def test_there_are_as_many_threads_as_workers(
 def test_a_second_build_of_one_file_at_the_same_time_is_an_error(build, tmp_path):
     """As soon as the first build has ended, a new build works."""
     out = tmp_path / "index"
-    with only_builder(tmp_path / "index.parts"):
-        with pytest.raises(ValueError, match="another process is writing this index"):
+    with only_writer(tmp_path / "index.parts"):
+        with pytest.raises(ValueError, match="another process is writing here"):
             build(out)
     assert len(build(out)) and not (tmp_path / "index.parts").exists()
 

@@ -1052,6 +1052,17 @@ def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
         assert torch.equal(one, other), name
 
 
+def test_a_fork_with_its_own_score_needs_a_loss_that_calls_it(tokenizer, tmp_path):
+    """The recipe's losses would train neither the score nor its parameters."""
+    transform = ImageTransform(40)
+    data = open_data(pictures(tmp_path), transform)
+    for loss in ("clip", "siglip"):
+        recipe = Recipe(epochs=1, batch=8, loss=loss)
+        model = fork_for(Siglip, tokenizer)
+        with pytest.raises(ValueError, match="Siglip has its own score.* give train a loss"):
+            train(model, tokenizer, transform, data, recipe, tmp_path / "out")
+
+
 def test_a_run_of_one_class_is_not_continued_by_another(tokenizer, tmp_path):
     transform = ImageTransform(40)
     data = open_data(pictures(tmp_path), transform)

@@ -27,6 +27,7 @@ from two_processes import gradients, step
 from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
 from miniclip.commands.main import main
 from miniclip.errors import CheckpointError
+from miniclip.evaluation import captioned_images
 from miniclip.files.pictures import open_image
 from miniclip.loss import contrastive_loss
 from miniclip.model import unit_norm
@@ -46,6 +47,7 @@ from miniclip.training import shards as shards_module
 from miniclip.training.data import augment, class_captions
 from miniclip.training.loop import PatchDropout, normalize_pixels, recompute_blocks
 from miniclip.training.optim import Muon
+from miniclip.training.pairs import caption_label
 from miniclip.training.setup import SMALL, set_up
 from miniclip.zeroshot.classifier import ZeroShotClassifier
 
@@ -165,6 +167,15 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert len(calls) == 3  # without recompute_blocks, a block is computed once
 
 
+def test_recomputing_a_block_keeps_a_forward_that_was_set_on_it():
+    model = twins(TINY)[0]
+    block = model.vision.blocks[0]
+    block.forward = own = lambda x: x + 1
+    with recompute_blocks(model):
+        assert block.forward is not own
+    assert block.forward is own and "forward" not in vars(model.vision.blocks[1])
+
+
 def test_gather_in_a_single_process_is_the_identity():
     x = torch.randn(3, 2)
     assert gather(x) is x
@@ -190,6 +201,14 @@ def test_muon_equals_torchs_muon_up_to_bfloat16(shape):
     # torch's Muon computes in bfloat16, with two to three correct digits
     assert (ours - theirs).norm() < 0.03 * 5 * 0.02 * min(shape) ** 0.5
     assert (ours - theirs).abs().max() < 0.003
+
+
+def test_muon_skips_a_matrix_without_a_gradient_as_adamw_does():
+    used, unused = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    used.grad = torch.ones(3, 3)
+    optimizer = Muon([used, unused], lr=0.1)
+    optimizer.step()
+    assert (used != 1).all() and (unused == 1).all() and unused not in optimizer.state
 
 
 # ------------------------------------------------------------------------------------------------
@@ -375,6 +394,17 @@ def test_training_reads_class_folders_as_eval_does(tmp_path):
     assert {data[0, draw].caption for draw in range(200)} == set(class_captions("tench"))
 
 
+def test_captions_with_the_same_tokens_have_one_label(tmp_path):
+    """A caption of one image is then a true caption of the other image too."""
+    assert caption_label("A  dog\n") == caption_label("a dog") != caption_label("a cat")
+    for name in ("n03773504", "n04008634", "n01440764"):  # ImageNet has two classes "missile"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert len(set(data.captions())) == 24
+    assert [label for _, _, label in data.entries] == [0, 1, 1]
+
+
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # Excel writes a byte order mark first
 def test_metadata_may_have_folders_and_letters_of_any_script(start, tmp_path):
     (tmp_path / "deep").mkdir()
@@ -452,6 +482,41 @@ def test_each_seed_mixes_shards_and_their_samples_in_another_order(tmp_path, mon
     monkeypatch.setattr(shards_module.Shards, "BUFFER", 1)
     data = open_data(tmp_path, ImageTransform(SIZE))
     assert len({order(data, seed)[0][0] for seed in range(8)}) > 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_caption_that_is_not_utf8_is_left_out_and_reported(kind, tmp_path):
+    """Decoded with U+FFFD, it would be another caption."""
+    texts = ["a café table".encode("cp1252"), "a café table".encode()]
+    members = {f"{i}.txt": text for i, text in enumerate(texts)}
+    members |= {f"{i}.png": as_bytes(Image.new("RGB", (8, 8))) for i in range(2)}
+    members, name = dict(sorted(members.items())), tmp_path
+    if kind == "tar":
+        name = tmp_path / "x.tar"
+        tar_of(name, members)
+    for file, content in members.items() if kind == "folder" else ():
+        (tmp_path / file).write_bytes(content)
+    data = open_data(name, ImageTransform(SIZE))
+    assert list(data.captions()) == ["a café table"] and "UTF-8" in data.skipped[0]
+    found = captioned_images(name)
+    assert found.captions == [["a café table"]] and "UTF-8: 1" in found.skipped[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_with_captions_may_have_any_ending_that_pillow_reads(kind, tmp_path):
+    members = {}
+    for i, ending in enumerate(("bmp", "gif", "jpg", "tif")):
+        format = {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending)
+        picture = as_bytes(Image.new("RGB", (8, 8), "red"), format)
+        members |= {f"{i}.{ending}": picture, f"{i}.txt": f"caption {i}".encode()}
+    if kind == "tar":
+        members["2.seg.png"] = members["2.JPEG"] = b""  # not the image of its sample
+        tar_of(tmp_path / "x.tar", dict(sorted(members.items())))
+    for file, content in members.items() if kind == "folder" else ():
+        (tmp_path / file).write_bytes(content)
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert sorted(data.captions()) == [f"caption {i}" for i in range(4)]
+    assert all(data[item, 0].pixels[0].min() > 250 for item in data.items(0))
 
 
 def test_shards_without_their_library_are_an_error(tmp_path, monkeypatch):

@@ -137,6 +137,13 @@ def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path)
         assert is_true[i].tolist() == [(pixel, text) in known for text in batch.captions]
 
 
+def test_half_of_a_surrogate_pair_is_named_with_its_row(tmp_path):
+    rows = '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "a \\ud83d"}\n'
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=r"metadata.jsonl, row 2: 'a \\ud83d' has half of a"):
+        open_data(tmp_path, ImageTransform(32))
+
+
 def test_empty_captions_are_counted_and_left_out(tmp_path):
     for i in range(5):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -161,6 +168,21 @@ def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
     (tmp_path / f"train.{suffix}").write_text(text)
     data = open_data(tmp_path / f"train.{suffix}", ImageTransform(32), ("filepath", "title"))
     assert list(data.captions()) == ["a cat, black; asleep"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("b.png,a dog, on grass", "rows cannot be read: row 2 has more columns .* in quotes"),
+        ('b.png,"a dog" barks', "row 2 cannot be read: .* write each quote twice"),
+        ('b.png,"a dog', "row 2 cannot be read: .* write each quote twice"),
+    ],
+)
+def test_a_caption_that_is_not_quoted_as_csv_asks_is_an_error(row, reason, tmp_path):
+    """Python's csv module would cut the caption, or join it with all rows below."""
+    (tmp_path / "x.csv").write_text(f"file_name,text\na.png,a cat,\n{row}\nc.png,a cow\n")
+    with pytest.raises(ValueError, match=f"x.csv.* {reason}"):
+        open_data(tmp_path / "x.csv", ImageTransform(32))
 
 
 def test_chunks_give_the_gradients_of_the_whole_batch():

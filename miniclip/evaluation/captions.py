@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniclip.errors import listed, shown
+from miniclip.files.pictures import is_picture
 from miniclip.files.reading import read_json
 from miniclip.files.tars import Member, members
 from miniclip.retrieval.pictures import find_pictures
@@ -16,7 +18,6 @@ from miniclip.zeroshot.data import visible_files
 MOST_JSON = 2**30  # bytes; the captions of COCO's training images need less than 2**27
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 COLUMNS = ("file_name", "text")
-PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of images that may have a .txt
 
 Row = tuple[str | Member, Sequence[str]]
 """An image and its captions."""
@@ -68,7 +69,7 @@ def captioned_images(
     if empty:
         skipped.append(f"{root}: empty captions left out: {empty:,}")
     if bare := [str(picture) for picture, texts in captions.items() if not texts]:
-        skipped.append(f"{root}: images without a caption: {len(bare):,}, {listed(bare)}")
+        skipped.append(f"{root}: images without a caption in UTF-8: {len(bare):,}, {listed(bare)}")
     captions = {picture: texts for picture, texts in captions.items() if texts}
     if not captions:
         raise ValueError(
@@ -97,22 +98,30 @@ def rows_with_captions(
 def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
     """Read images that have a .txt of the same name. Returns None if no image has a .txt."""
     files = visible_files(root)
-    endings = {f".{ending}" for ending in PICTURES}
-    texts = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in endings}
+    texts = {path: path.with_suffix(".txt") for path in files if is_picture(path.name)}
     if not {*texts.values()} & {*files}:
         return None
     rows: list[Row] = []
     caption = ""
     for path, text in texts.items():
-        caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
+        caption = caption_of(text.read_bytes()).strip() if text.is_file() else ""
         rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
     if not rows:
         raise ValueError(
-            f"{root}: no .txt beside an image contains a word; expected captions, not labels of "
-            f"object detection. The last .txt contains {shown(caption)}"
+            f"{root}: no .txt beside an image contains a word; expected captions in UTF-8, not "
+            f"labels of object detection. The last .txt contains {shown(caption)}"
         )
     missing = len(texts) - len(rows)
-    return rows, [f"{root}: images without a caption in a .txt: {missing:,}"] * bool(missing)
+    note = f"{root}: images without a .txt with a caption in UTF-8: {missing:,}"
+    return rows, [note] * bool(missing)
+
+
+def caption_of(data: bytes) -> str:
+    """Decode the bytes of a .txt. Return "" if they are not UTF-8, because a guess may be wrong."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return ""
 
 
 def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[str]]:
@@ -132,6 +141,9 @@ def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[
         empty += [number] * (len(texts) - len(captions))
         if not isinstance(name, str) or not all(isinstance(each, str) for each in captions):
             raise ValueError(f"{table}, row {number}: expected text in {' and '.join(columns)}")
+        if broken := [each for each in captions if re.search(r"[\ud800-\udfff]", each)]:
+            reason = "has half of a surrogate pair, which no text may have"
+            raise ValueError(f"{table}, row {number}: {shown(broken[0])} {reason}")
         if captions:
             rows.append((str(table.parent / name), shared.setdefault(captions, captions)))
     if not rows:
@@ -150,7 +162,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 rows = csv.DictReader(file, delimiter=delimiter, strict=True)
                 for number, values in enumerate(rows, 1):
                     if any(values.pop(None, ())):
-                        reason = f"more columns than line 1; quote a text that has {delimiter!r}"
+                        reason = f"more columns than line 1; put texts with {delimiter!r} in quotes"
                         raise ValueError(f"row {number} has {reason}")
                     yield number, values
                 return
@@ -202,7 +214,7 @@ def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]
     for archive in dict.fromkeys(picture.archive for picture in pictures):
         for file in members(archive, []):  # damage is ignored here; `find_pictures` reports it
             if file.name.endswith(".txt"):
-                lines = file.read().decode("utf-8-sig", "replace").splitlines()
+                lines = caption_of(file.read()).splitlines()
                 texts[archive, key(file.name)] = lines
     for member in pictures:
         yield member, texts.get((member.archive, key(member.name)), [])

@@ -142,13 +142,13 @@ def build_index(
     check_counts(batch, workers)
     if Path(out).is_dir():
         raise ValueError(f"{out}: is a folder; expected the name of a file to write")
-    with only_builder(Path(out).with_name(f"{Path(out).name}.parts")) as folder:
+    with only_writer(Path(out).with_name(f"{Path(out).name}.parts")) as folder:
         return _build(Path(out), folder, loaded, pictures, encoder, damage, batch, workers, force)
 
 
 @contextmanager
-def only_builder(folder: Path) -> Iterator[Path]:
-    """Make the folder of the parts and lock it. Raises ValueError if another process has the lock.
+def only_writer(folder: Path) -> Iterator[Path]:
+    """Make a folder and lock it. Raises ValueError if another process has the lock.
 
     Under torchrun, only the first process makes and locks the folder.
     """
@@ -159,7 +159,7 @@ def only_builder(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is writing this index") from None
+        raise ValueError(f"{folder}: another process is writing here") from None
     except OSError as error:
         if not folder.is_dir():
             raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None

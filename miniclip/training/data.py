@@ -122,9 +122,15 @@ def open_data(
         columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` has none of these forms, or `check_classes` refuses its folders.
+        ValueError: `name` has none of these forms, `check_classes` refuses its folders, or it is
+            `shapes` and also a folder.
     """
     if name == "shapes":
+        if os.path.isdir("shapes"):
+            raise ValueError(
+                "shapes is the drawn world, but a folder here has the same name: write ./shapes "
+                "for the folder, or go to another folder for the drawn world"
+            )
         from miniclip.training.drawn import Shapes
 
         return Shapes()
@@ -145,8 +151,10 @@ def open_data(
     images = labelled_images(root)
     check_classes(images, root, named=False)
     captions = [class_captions(label) for label in images.labels]
+    names = [label.lower() for label in images.labels]
+    first = {name: i for i, name in reversed([*enumerate(names)])}  # names of classes can repeat
     files = zip(images.paths, images.classes, strict=True)
-    return Pictures([(path, captions[label], label) for path, label in files], transform)
+    return Pictures([(path, captions[i], first[names[i]]) for path, i in files], transform)
 
 
 def batches(

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ContextLengthError
 from miniclip.files.hub import as_destination
+from miniclip.files.modules import class_of, is_patched, unwrapped
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions
+from miniclip.retrieval.building import only_writer
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.terminal import counted, delaying_interrupt, progress
 from miniclip.tokenizer import Tokenizer
@@ -30,7 +32,29 @@ from miniclip.training.recipe import Recipe
 from miniclip.training.run import Run
 from miniclip.transform import ImageTransform
 
+Train = TypeVar("Train", bound=Callable[..., CLIP])
 
+
+def alone(train: Train) -> Train:
+    """Lock `out` during a run, and restore afterwards which parameters need gradients."""
+
+    @wraps(train)
+    def locked(
+        model: CLIP, tokenizer: Any, transform: Any, data: Any, recipe: Any, out: Any,
+        *args: Any, **options: Any,
+    ) -> CLIP:  # fmt: skip
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            with only_writer(as_destination(out)):
+                return train(model, tokenizer, transform, data, recipe, out, *args, **options)
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    return cast(Train, locked)
+
+
+@alone
 def train(
     model: CLIP,
     tokenizer: Tokenizer,
@@ -56,7 +80,8 @@ def train(
         recipe: the settings of the run.
         out: the folder of the checkpoint.
         loss: a loss in place of the recipe's loss. The logit scale is then not clamped. If the
-            loss is an nn.Module, its parameters are trained and saved too.
+            loss is an nn.Module, its parameters are trained and saved too. A fork with its own
+            `score` needs such a loss.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
             `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
         log: "tensorboard" also writes the metrics for TensorBoard.
@@ -65,10 +90,11 @@ def train(
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: `out` holds another checkpoint or run, the data is too small, the recipe does
-            not fit the model, a part would not be trained, or the loss is NaN or infinite.
+        ValueError: `out` holds another checkpoint or run, another process writes it, the data is
+            too small, the recipe does not fit the model, a part would not be trained, or the loss
+            is NaN or infinite.
     """
-    check_model(model)
+    check_model(model, loss)
     rank, world_size = rank_and_world_size()
     check_data(data, least=max(2, world_size))
     recipe = replace(recipe, batch=min(recipe.batch, len(data)))
@@ -138,7 +164,7 @@ def train(
                 with run.objective.cast:
                     optimizer.step()
                 optimizer.zero_grad()
-            if loss is None:
+            if loss is None and model.logit_scale.requires_grad:
                 clamp_logit_scale(model)
             if run.average:
                 run.average.update_parameters(model)
@@ -168,12 +194,18 @@ def train(
     return whole_model.eval()
 
 
-def check_model(model: CLIP) -> None:
+def check_model(model: CLIP, loss: Loss | None) -> None:
     """Raise ValueError if training would silently leave out a part of the model."""
     if engine := getattr(model.encode_image, "engine", ""):
         raise ValueError(
             f"encode_image runs on the engine {engine}, so the vision tower would not be trained; "
             "first call `del model.encode_image`"
+        )
+    kind = class_of(unwrapped(model))
+    if loss is None and (kind.score is not CLIP.score or is_patched(unwrapped(model), "score")):
+        raise ValueError(
+            f"{kind.__name__} has its own score, which the recipe's losses do not use; give train "
+            "a loss that calls model.score"
         )
 
 
@@ -216,13 +248,16 @@ def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Te
 def recompute_blocks(model: CLIP) -> Iterator[None]:
     """Keep only the blocks' inputs in memory. The backward pass computes the blocks again."""
     blocks = (*model.vision.blocks, *model.text.blocks)
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward  # remove the wrapper around the class's method
+            if forward is not None:
+                block.forward = forward
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
+                if p.grad is not None:  # a fork may have a matrix that its forward does not use
+                    by_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), params in by_shape.items():
                 updates = []
                 for p in params:

@@ -53,8 +53,11 @@ class TrainingData(Protocol):
 
 
 def caption_label(caption: str) -> int:
-    """Turn a caption into a number that is the same in all processes and runs."""
-    return crc32(caption.encode())
+    """Turn a caption into a number that is the same in all processes and runs.
+
+    Tokenizers ignore case and extra whitespace, so "A dog" and "a  dog" have the same number.
+    """
+    return crc32(" ".join(caption.lower().split()).encode())
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

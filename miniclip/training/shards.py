@@ -14,11 +14,13 @@ from typing import Any
 import fsspec
 
 from miniclip.errors import ImageError
-from miniclip.evaluation.captions import PICTURES
-from miniclip.files.pictures import open_image, with_name
+from miniclip.evaluation.captions import caption_of
+from miniclip.files.pictures import is_picture, open_image, with_name
 from miniclip.files.tars import members
 from miniclip.training.pairs import Pair, caption_label, note_once, shuffled, to_bytes
 from miniclip.transform import ImageTransform
+
+PICTURES = ("jpg", "jpeg", "png", "webp")  # if a sample has several images, take the first of these
 
 
 class Shards:
@@ -66,7 +68,8 @@ class Shards:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
-            reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
+            text = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
+            reason = str(text).partition(" @ ")[0]
             note_once(self.skipped, f"{path}: {reason}")
             return True
 
@@ -82,17 +85,17 @@ class Shards:
         for path in paths:
             try:
                 for sample in group_by_keys(files(), handler=note):
-                    if {*PICTURES} & sample.keys() and _caption(sample).strip():
+                    if _kind(sample) and _caption(sample).strip():
                         yield sample
                     else:
-                        missing = "expected an image and a .txt with its caption"
+                        missing = "expected an image and a .txt with its caption in UTF-8"
                         note_once(self.skipped, f"{_place(sample)}: {missing}")
             except Exception as error:  # a file system, a network or a command can raise any error
                 note(error)
 
     def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
         sample, _ = item_and_draw
-        kind = next(kind for kind in PICTURES if kind in sample)
+        kind = _kind(sample)
         try:
             pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
         except ImageError as error:
@@ -128,7 +131,14 @@ def open_shard(path: str) -> Iterator[Any]:
 
 
 def _caption(sample: dict[str, Any]) -> str:
-    return sample.get("txt", b"").decode("utf-8-sig", "replace")
+    return caption_of(sample.get("txt", b""))
+
+
+def _kind(sample: dict[str, Any]) -> str:
+    """Return the ending of the sample's image, or "". An ending with a dot, as in 0.seg.png, is of
+    another kind of image."""
+    kinds = (*PICTURES, *(kind for kind in sample if "." not in kind and is_picture(f"0.{kind}")))
+    return next((kind for kind in kinds if kind in sample), "")
 
 
 def _place(sample: dict[str, Any]) -> str:

@@ -726,13 +726,13 @@ SLIPS = [
     ),
     Slip(
         "A caption's byte order mark is kept.",
-        'b"").decode("utf-8-sig", "replace")',
-        'b"").decode("utf-8", "replace")',
+        'return data.decode("utf-8-sig")',
+        'return data.decode("utf-8")',
         DATA,
     ),
     Slip(
         "Equal captions do not share a label.",
-        "return crc32(caption.encode())",
+        'return crc32(" ".join(caption.lower().split()).encode())',
         "return random.getrandbits(32)",
         DATA,
     ),
