@@ -41,6 +41,7 @@ from miniclip.retrieval.index import (
 )
 from miniclip.retrieval.pictures import find_pictures, open_member, open_picture
 from miniclip.retrieval.sheet import draw_sheet
+from miniclip.zeroshot.data import labelled_images
 
 ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
 
@@ -293,6 +294,26 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     assert names(find_pictures([tmp_path / "**" / "*.jpg"])[0], tmp_path) == expected[:2]
     for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # the user may name hidden paths
         assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """Otherwise its images are missing from an evaluation, and an update drops them."""
+    for name in ("cat/a.png", "dog/a.png", "dog/deep/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        blots(0).save(tmp_path / name)
+    scandir, closed = os.scandir, tmp_path / "dog" / "deep"
+
+    def fail(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    says = re.escape(f"{closed}: the folder cannot be read: Permission denied")
+    for find in (labelled_images, lambda root: find_pictures([root])):
+        with pytest.raises(ValueError, match=says):
+            find(tmp_path)
+    assert names(find_pictures([tmp_path], ["deep"])[0], tmp_path) == ["cat/a.png", "dog/a.png"]
 
 
 @pytest.mark.parametrize(

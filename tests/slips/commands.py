@@ -626,8 +626,8 @@ SLIPS = [
     ),
     Slip(
         "Hidden files count as images.",
-        "return not hidden and path.is_file()",
-        "return path.is_file()",
+        "for name in names if not is_hidden(name))",
+        "for name in names)",
         f"{ZEROSHOT} -k hidden",
     ),
     Slip(
