@@ -41,6 +41,7 @@ from miniclip.retrieval.index import (
 )
 from miniclip.retrieval.pictures import find_pictures, open_member, open_picture
 from miniclip.retrieval.sheet import draw_sheet
+from miniclip.zeroshot.classifier import embed_texts
 from miniclip.zeroshot.data import labelled_images
 
 ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
@@ -459,8 +460,19 @@ def test_half_precision_also_gives_unit_vectors(loaded, photographs):
 def test_a_nan_embedding_is_an_error(loaded, photographs):
     model = twins(loaded.model.config)[0]
     model.vision.ln_post.bias.data[0] = torch.inf
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN, infinite or zero"):
         embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
+
+
+def test_a_nan_embedding_of_a_text_is_an_error(loaded):
+    """Comparisons with NaN are false, so each caption's rank would be 1."""
+    model = twins(loaded.model.config)[0]
+    model.text.ln_final.bias.data[0] = torch.inf
+    says = "NaN, infinite or zero: the model overflows in torch.float32"
+    with pytest.raises(ValueError, match=says):
+        embed_query(loaded._replace(model=model), ["a ship"])
+    with pytest.raises(ValueError, match=says):
+        embed_texts(model, loaded.tokenizer, ["a ship"])
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])

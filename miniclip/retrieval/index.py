@@ -18,7 +18,7 @@ from torch import Tensor
 
 from miniclip.checkpoint import Loaded, load
 from miniclip.errors import shown
-from miniclip.files.checks import as_list
+from miniclip.files.checks import as_list, check_unit_norm
 from miniclip.files.hub import as_path, commit_of, embedded_names, is_local, resolve
 from miniclip.files.modules import class_of, named_modules, state_of, unwrapped
 from miniclip.files.reading import open_regular
@@ -279,12 +279,7 @@ class Index:
 def embed(model: CLIP, pixels: Tensor) -> Tensor:
     """Embed pixels (B, 3, S, S) as unit vectors (B, E), always in float32 and on the CPU."""
     x = unit_norm(model.encode_image(pixels.to(model.logit_scale.device)).float()).cpu()
-    if not x.isfinite().all():
-        raise ValueError(
-            f"an embedding is NaN or infinite: the model overflows in {model.logit_scale.dtype}; "
-            "load it in float32 or bfloat16, which have a larger range"
-        )
-    return x
+    return check_unit_norm(x, model.logit_scale.dtype)
 
 
 @torch.no_grad()
@@ -308,7 +303,7 @@ def embed_query(
         The sum as a unit vector (E,).
 
     Raises:
-        ValueError: a text is empty, or the sum is zero.
+        ValueError: a text is empty, an embedding is NaN or infinite, or the sum is zero.
         ImageError: an image cannot be read.
 
     >>> import miniclip
@@ -324,7 +319,7 @@ def embed_query(
     if texts or minus:
         ids = ids_for(model.text, tokenizer, [*texts, *minus])
         x = model.encode_text(ids.to(model.logit_scale.device))
-        rows.append(unit_norm(x.float()).cpu())
+        rows.append(check_unit_norm(unit_norm(x.float()).cpu(), model.logit_scale.dtype))
     if pictures or minus_pictures:
         pixels = [pixels_of(picture, transform) for picture in (*pictures, *minus_pictures)]
         rows.append(embed(model, torch.stack(pixels)))
