@@ -137,6 +137,16 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     assert max(expected[0]) > 2 and max(expected[1]) > 2
 
 
+def test_ranks_are_exact_if_torch_rounds_products_to_bfloat16():
+    torch.manual_seed(0)
+    images = unit_norm(torch.randn(300, 64))
+    texts, image_of = unit_norm(images + 0.5 * torch.randn(300, 64)), torch.arange(300)
+    expected = retrieval_ranks(images, texts, image_of)
+    with torch.autocast("cpu"):  # torch.set_float32_matmul_precision needs a CPU with AMX
+        found = retrieval_ranks(images, texts, image_of)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_an_image_is_found_by_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
