@@ -17,6 +17,7 @@ from miniclip.checkpoint import Loaded, load
 from miniclip.commands.main import main
 from miniclip.evaluation import linear, retrieval
 from miniclip.evaluation.captions import captioned_images
+from miniclip.evaluation.checkpoints import caption_ranks
 from miniclip.evaluation.features import picture_features
 from miniclip.evaluation.linear import Examples
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
@@ -145,6 +146,29 @@ def test_ranks_are_exact_if_torch_rounds_products_to_bfloat16():
     with torch.autocast("cpu"):  # torch.set_float32_matmul_precision needs a CPU with AMX
         found = retrieval_ranks(images, texts, image_of)
     assert all(map(torch.equal, found, expected))
+
+
+class WithBias(CLIP):
+    def score(self, image_embeds, text_embeds):
+        return super().score(image_embeds, text_embeds) - 10
+
+
+class WithMetric(CLIP):
+    def score(self, image_embeds, text_embeds):
+        return super().score(image_embeds.flip(-1), text_embeds)
+
+
+def test_ranks_follow_a_score_that_grows_with_the_cosine(loaded, pictures):
+    features, captions = picture_features(loaded, pictures), [[c] for c in ("a", "b", "c", "d")]
+    expected = caption_ranks(loaded, captions, features)
+    for kind in (WithBias, WithMetric):
+        fork = kind.from_pretrained("everyday")
+        if kind is WithBias:
+            found = caption_ranks(loaded._replace(model=fork), captions, features)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        else:
+            with pytest.raises(ValueError, match="WithMetric.score ranks the pairs in another"):
+                caption_ranks(loaded._replace(model=fork), captions, features)
 
 
 def test_an_image_is_found_by_its_best_caption():
