@@ -58,7 +58,9 @@ class ZeroShotClassifier:
         self.weights = class_embeddings(model, tokenizer, self.labels, templates)  # (C, E)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        image_embeds = self.model.encode_image(pixels.to(self.weights), normalize=True)
+        if pixels.is_floating_point():  # otherwise the model raises an error
+            pixels = pixels.to(self.weights)
+        image_embeds = self.model.encode_image(pixels, normalize=True)
         return self.model.score(image_embeds, self.weights).T  # (B, C)
 
     def rank(self, pixels: Tensor) -> list[list[Score]]:
