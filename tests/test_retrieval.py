@@ -1,5 +1,6 @@
 """Test image indexes: their images, the order of the images, and damaged or unfinished files."""
 
+import errno
 import io
 import json
 import math
@@ -473,6 +474,19 @@ def test_a_nan_embedding_of_a_text_is_an_error(loaded):
         embed_query(loaded._replace(model=model), ["a ship"])
     with pytest.raises(ValueError, match=says):
         embed_texts(model, loaded.tokenizer, ["a ship"])
+
+
+def test_a_full_disk_is_an_error(loaded, photographs, tmp_path, monkeypatch):
+    """Without the space, writing to a mapped file ends Python with a bus error."""
+
+    def fail(file, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail, raising=False)
+    with pytest.raises(ValueError, match="embeddings: cannot save here: .*No space left on device"):
+        build_index(
+            tmp_path / "i", loaded, find_pictures([photographs])[0], describe(loaded, "a model")
+        )
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])
