@@ -476,6 +476,16 @@ def test_a_nan_embedding_of_a_text_is_an_error(loaded):
         embed_texts(model, loaded.tokenizer, ["a ship"])
 
 
+def test_an_index_is_float32_whatever_the_default_dtype(loaded, photographs, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        pictures, encoder = find_pictures([photographs])[0], describe(loaded, "a model")
+        index = build_index(tmp_path / "i", loaded, pictures, encoder)
+        index.search(embed_query(loaded, ["a ship"]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_full_disk_is_an_error(loaded, photographs, tmp_path, monkeypatch):
     """Without the space, writing to a mapped file ends Python with a bus error."""
 

@@ -80,7 +80,7 @@ def embed_parts(
     for part, (made, rows, skipped) in zip(parts, encoded, strict=True):
         paths = Strings.pack(str(part[row][0]) for row in rows)
         stamps = torch.tensor([part[row][1] for row in rows], dtype=torch.int64).view(-1, 2)
-        embeddings = torch.cat([torch.empty(0, width), *made])
+        embeddings = torch.cat([torch.empty(0, width, dtype=torch.float32), *made])
         yield Index(embeddings, paths, encoder, skipped, os.getcwd(), stamps)
 
 

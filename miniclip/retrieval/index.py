@@ -315,7 +315,7 @@ def embed_query(
     texts, minus = as_list(texts), as_list(minus)
     if not all(text.strip() for text in (*texts, *minus)):
         raise ValueError("a text is empty: expected at least one word in it")
-    rows = [torch.empty(0, model.config.embed_dim)]
+    rows = [torch.empty(0, model.config.embed_dim, dtype=torch.float32)]
     if texts or minus:
         ids = ids_for(model.text, tokenizer, [*texts, *minus])
         x = model.encode_text(ids.to(model.logit_scale.device))
