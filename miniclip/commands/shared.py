@@ -96,9 +96,11 @@ def add_engine(parser: argparse.ArgumentParser, *others: str) -> None:
 def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
     """Load the model that the arguments name, with its tokenizer and its transform."""
     from miniclip.checkpoint import load
+    from miniclip.follow import check_towers
 
     asked = {"device": args.device, "reference": args.reference, "revision": args.revision}
     loaded = load(args.model, **asked | options)
+    check_towers(loaded.model, args.model)
     if getattr(args, "engine", "eager") not in ("eager", "auto"):
         from miniclip.engines import use_engine
 

@@ -24,7 +24,7 @@ from miniclip.files.modules import class_of, named_modules, state_of, unwrapped
 from miniclip.files.reading import open_regular
 from miniclip.files.tars import Member
 from miniclip.files.writing import replacing
-from miniclip.follow import ids_for
+from miniclip.follow import check_towers, ids_for
 from miniclip.model import CLIP, unit_norm
 from miniclip.retrieval.pictures import open_picture, pixels_of
 from miniclip.transform import ImageTransform
@@ -271,6 +271,7 @@ class Index:
             reference=made_by.transform.reference,
             revision=None if name else made_by.revision,
         )
+        check_towers(loaded.model, name or made_by.model)
         self.check(loaded, name or made_by.model)
         return loaded
 
