@@ -576,6 +576,13 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
     assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
 
 
+@pytest.mark.parametrize("asked", [["-", "--labels", "cat"], ["a.png", "--labels", "-"]])
+def test_a_closed_standard_input_is_an_error(run, monkeypatch, asked):
+    monkeypatch.setattr("sys.stdin", None)
+    result = run("classify", *asked, "--model", "everyday")
+    assert_one_line_error(result, "standard input is closed")
+
+
 def test_a_checkpoint_with_one_tower_is_an_error(run, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tower = CLIPVisionModelWithProjection(transformers_config(TINY).vision_config)

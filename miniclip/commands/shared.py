@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miniclip.errors import ImageError
 from miniclip.files.hub import embedded_names
@@ -58,12 +58,19 @@ def read_labels(names: list[str]) -> list[str]:
     """Return the labels from --labels, from standard input, or from a file, folder or set."""
     from miniclip.zeroshot.data import find_labels
 
-    return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
+    return open_stdin().read().splitlines() if names == ["-"] else find_labels(names)
 
 
 def read_input(name: str) -> str | bytes:
     """Return the name of a file, or the bytes of standard input for "-"."""
-    return sys.stdin.buffer.read() if name == "-" else name
+    return open_stdin().buffer.read() if name == "-" else name
+
+
+def open_stdin() -> TextIO:
+    """Return standard input. Raise ValueError if it is closed."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; expected data from a pipe or a file")
+    return sys.stdin
 
 
 def add_revision(parser: argparse._ActionsContainer) -> None:
