@@ -14,7 +14,8 @@ from record_clip_benchmark import SIZES, embeddings
 
 from miniclip import CLIP
 from miniclip.checkpoint import Loaded, load
-from miniclip.commands.main import main
+from miniclip.commands.eval import examples_of_sets
+from miniclip.commands.main import build_parser, main
 from miniclip.evaluation import linear, retrieval
 from miniclip.evaluation.captions import captioned_images
 from miniclip.evaluation.checkpoints import caption_ranks
@@ -467,6 +468,20 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
         assert found[1]["mean"] == pytest.approx(6 / 7)
     assert main(line) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_probe_also_learns_the_classes_of_its_validation_split(tmp_path, capsys):
+    for folder in ("test/cat", "test/dog", "test/cow", "train/cat", "train/emu", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    (tmp_path / "val" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "cat" / "0.png")
+    test, train, val = (str(tmp_path / name) for name in ("test", "train", "val"))
+    line = ["eval", test, "--task", "probe", "--train", train, "--val", val, "--model", "everyday"]
+    examples_of_sets(build_parser().parse_args(line))
+    assert (
+        f"in {train} and {val}, so the probe never predicts them: cow\n" in capsys.readouterr().err
+    )
 
 
 def test_a_probe_without_training_images_is_an_error(tmp_path, capsys):
