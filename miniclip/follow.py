@@ -125,6 +125,8 @@ def sees_padding(tower: Any) -> bool:
 def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> Tensor:
     """Token ids (B, T) of texts, where T is the length of the longest text. If the tower sees
     padding, T is the context length, so that the other texts do not change a text's padding."""
+    if tokenizer is None:
+        raise ValueError("expected a tokenizer, found none in the checkpoint of this model")
     if sees_padding(tower):
         options["pad_to"] = tower.config.context_length
     return tokenizer(texts, **options)
@@ -170,6 +172,13 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
         )
     rows, columns = (n // s for n, s in zip(pixels.shape[-2:], conv.stride))
     return rows, columns
+
+
+def check_towers(model: Any, name: Any) -> None:
+    """Raise ValueError if the checkpoint `name` has only one tower."""
+    if len(model.towers) < 2:
+        only = f"{name}: has only a {model.towers[0]} tower"
+        raise ValueError(f"{only}; expected a CLIP, with a vision and a text tower")
 
 
 def check_rebuilt(who: str, model: Any) -> Any:

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPVisionModelWithProjection
+from twin import TINY, transformers_config
 
 import miniclip
 from miniclip import load
@@ -25,6 +27,7 @@ from miniclip.commands.main import build_parser, main
 from miniclip.exhibits import UNKNOWN
 from miniclip.exhibits import photographs as sample_photographs
 from miniclip.files.hub import embedded_names
+from miniclip.follow import ids_for
 from miniclip.lens.heat import BLIND, METHODS, text_map
 from miniclip.terminal import columns, progress
 from miniclip.world import scoring
@@ -571,6 +574,35 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
         assert_one_line_error(run(*command, str(file)), str(file), says)
     assert_one_line_error(run(*command, "cat", "labels.txt"), "'labels.txt' is among labels")
     assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
+
+
+@pytest.mark.parametrize("asked", [["-", "--labels", "cat"], ["a.png", "--labels", "-"]])
+def test_a_closed_standard_input_is_an_error(run, monkeypatch, asked):
+    monkeypatch.setattr("sys.stdin", None)
+    result = run("classify", *asked, "--model", "everyday")
+    assert_one_line_error(result, "standard input is closed")
+
+
+def test_a_checkpoint_with_one_tower_is_an_error(run, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tower = CLIPVisionModelWithProjection(transformers_config(TINY).vision_config)
+    tower.save_pretrained("half")
+    miniclip.ImageTransform(40).save_pretrained("half")
+    assert run("embed", picture, "--out", "index", "--model", "everyday")[0] == 0
+    for command in (
+        ["classify", picture, "--labels", "cat"],
+        ["train", "shapes", "--out", "run"],
+        ["search", "index", "a cat"],
+        ["serve", "--port", "0"],
+    ):
+        result = run(*command, "--model", "half")
+        assert_one_line_error(result, "half: has only a vision tower; expected a CLIP")
+
+
+def test_texts_without_a_tokenizer_are_an_error():
+    model = load("everyday").model
+    with pytest.raises(ValueError, match="expected a tokenizer, found none"):
+        ids_for(model.text, None, ["a cat"])
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ from record_clip_benchmark import SIZES, embeddings
 
 from miniclip import CLIP
 from miniclip.checkpoint import Loaded, load
-from miniclip.commands.main import main
+from miniclip.commands.eval import examples_of_sets
+from miniclip.commands.main import build_parser, main
 from miniclip.evaluation import linear, retrieval
 from miniclip.evaluation.captions import captioned_images
+from miniclip.evaluation.checkpoints import caption_ranks
 from miniclip.evaluation.features import picture_features
 from miniclip.evaluation.linear import Examples
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
@@ -135,6 +137,39 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     expected = slow_ranks(images, texts, image_of)
     assert (found[0].tolist(), found[1].tolist()) == expected
     assert max(expected[0]) > 2 and max(expected[1]) > 2
+
+
+def test_ranks_are_exact_if_torch_rounds_products_to_bfloat16():
+    torch.manual_seed(0)
+    images = unit_norm(torch.randn(300, 64))
+    texts, image_of = unit_norm(images + 0.5 * torch.randn(300, 64)), torch.arange(300)
+    expected = retrieval_ranks(images, texts, image_of)
+    with torch.autocast("cpu"):  # torch.set_float32_matmul_precision needs a CPU with AMX
+        found = retrieval_ranks(images, texts, image_of)
+    assert all(map(torch.equal, found, expected))
+
+
+class WithBias(CLIP):
+    def score(self, image_embeds, text_embeds):
+        return super().score(image_embeds, text_embeds) - 10
+
+
+class WithMetric(CLIP):
+    def score(self, image_embeds, text_embeds):
+        return super().score(image_embeds.flip(-1), text_embeds)
+
+
+def test_ranks_follow_a_score_that_grows_with_the_cosine(loaded, pictures):
+    features, captions = picture_features(loaded, pictures), [[c] for c in ("a", "b", "c", "d")]
+    expected = caption_ranks(loaded, captions, features)
+    for kind in (WithBias, WithMetric):
+        fork = kind.from_pretrained("everyday")
+        if kind is WithBias:
+            found = caption_ranks(loaded._replace(model=fork), captions, features)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        else:
+            with pytest.raises(ValueError, match="WithMetric.score ranks the pairs in another"):
+                caption_ranks(loaded._replace(model=fork), captions, features)
 
 
 def test_an_image_is_found_by_its_best_caption():
@@ -433,6 +468,20 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
         assert found[1]["mean"] == pytest.approx(6 / 7)
     assert main(line) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_probe_also_learns_the_classes_of_its_validation_split(tmp_path, capsys):
+    for folder in ("test/cat", "test/dog", "test/cow", "train/cat", "train/emu", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    (tmp_path / "val" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "cat" / "0.png")
+    test, train, val = (str(tmp_path / name) for name in ("test", "train", "val"))
+    line = ["eval", test, "--task", "probe", "--train", train, "--val", val, "--model", "everyday"]
+    examples_of_sets(build_parser().parse_args(line))
+    assert (
+        f"in {train} and {val}, so the probe never predicts them: cow\n" in capsys.readouterr().err
+    )
 
 
 def test_a_probe_without_training_images_is_an_error(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Test image indexes: their images, the order of the images, and damaged or unfinished files."""
 
+import errno
 import io
 import json
 import math
@@ -41,6 +42,8 @@ from miniclip.retrieval.index import (
 )
 from miniclip.retrieval.pictures import find_pictures, open_member, open_picture
 from miniclip.retrieval.sheet import draw_sheet
+from miniclip.zeroshot.classifier import embed_texts
+from miniclip.zeroshot.data import labelled_images
 
 ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
 
@@ -295,6 +298,26 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
         assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """Otherwise its images are missing from an evaluation, and an update drops them."""
+    for name in ("cat/a.png", "dog/a.png", "dog/deep/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        blots(0).save(tmp_path / name)
+    scandir, closed = os.scandir, tmp_path / "dog" / "deep"
+
+    def fail(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    says = re.escape(f"{closed}: the folder cannot be read: Permission denied")
+    for find in (labelled_images, lambda root: find_pictures([root])):
+        with pytest.raises(ValueError, match=says):
+            find(tmp_path)
+    assert names(find_pictures([tmp_path], ["deep"])[0], tmp_path) == ["cat/a.png", "dog/a.png"]
+
+
 @pytest.mark.parametrize(
     "exclude, left",
     [
@@ -438,8 +461,42 @@ def test_half_precision_also_gives_unit_vectors(loaded, photographs):
 def test_a_nan_embedding_is_an_error(loaded, photographs):
     model = twins(loaded.model.config)[0]
     model.vision.ln_post.bias.data[0] = torch.inf
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN, infinite or zero"):
         embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
+
+
+def test_a_nan_embedding_of_a_text_is_an_error(loaded):
+    """Comparisons with NaN are false, so each caption's rank would be 1."""
+    model = twins(loaded.model.config)[0]
+    model.text.ln_final.bias.data[0] = torch.inf
+    says = "NaN, infinite or zero: the model overflows in torch.float32"
+    with pytest.raises(ValueError, match=says):
+        embed_query(loaded._replace(model=model), ["a ship"])
+    with pytest.raises(ValueError, match=says):
+        embed_texts(model, loaded.tokenizer, ["a ship"])
+
+
+def test_an_index_is_float32_whatever_the_default_dtype(loaded, photographs, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        pictures, encoder = find_pictures([photographs])[0], describe(loaded, "a model")
+        index = build_index(tmp_path / "i", loaded, pictures, encoder)
+        index.search(embed_query(loaded, ["a ship"]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_full_disk_is_an_error(loaded, photographs, tmp_path, monkeypatch):
+    """Without the space, writing to a mapped file ends Python with a bus error."""
+
+    def fail(file, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail, raising=False)
+    with pytest.raises(ValueError, match="embeddings: cannot save here: .*No space left on device"):
+        build_index(
+            tmp_path / "i", loaded, find_pictures([photographs])[0], describe(loaded, "a model")
+        )
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])

@@ -122,6 +122,12 @@ def test_empty_prompts_are_an_error(model, tokenizer, labels, templates, message
         class_embeddings(model, tokenizer, labels, templates)
 
 
+def test_bytes_are_not_pixels(model, tokenizer):
+    """The cast to the dtype of the weights must not hide that the bytes are not normalised."""
+    with pytest.raises(ValueError, match="uint8"):
+        ZeroShotClassifier(model, tokenizer, LABELS)(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
+
+
 def test_one_label_may_be_a_string_and_several_any_iterable(model, tokenizer):
     assert ZeroShotClassifier(model, tokenizer, "cat").labels == ["cat"]
     expected = class_embeddings(model, tokenizer, ["cat", "cup"], ["a {}."])

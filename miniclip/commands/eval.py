@@ -198,7 +198,7 @@ def fewshot(args: argparse.Namespace) -> None:
     }
     mean = linear.share_right(zeroshot, tests["proj"])
     rows: list[dict[str, Any]] = [{"shots": 0, "method": "zeroshot", "mean": mean, "std": 0.0}]
-    rows += linear.few_shot(methods, shots, args.seeds or 3)
+    rows += linear.few_shot(methods, shots, 3 if args.seeds is None else args.seeds)
     counts = trains[kind].classes.bincount(minlength=len(images.folders))
     short = [one for one, n in zip(images.folders, counts, strict=True) if n < max(shots)]
     if short:
@@ -270,11 +270,12 @@ def examples_of_sets(
         classes = torch.tensor([place[one.classes[row]] for row in features.rows])
         vectors = features.vectors.items()
         sets.append(ByKind({kind: Examples(rows, classes) for kind, rows in vectors}))
-    test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
-    if lacking := sorted(test - train):
+    test, *learnt = ({*one["proj"].classes.tolist()} for one in sets)
+    if lacking := sorted(test.difference(*learnt)):
         folders = ", ".join(images.folders[i] for i in lacking)
+        where = " and ".join(filter(None, named))
         note(
-            f"miniclip: {args.train} has no examples of these classes, so the probe never predicts "
+            f"miniclip: no examples of these classes are in {where}, so the probe never predicts "
             f"them: {folders}"
         )
     return loaded, images, sets, skipped[0]

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the address of the page, and serve the page until Ctrl-C."""
     from miniclip.checkpoint import load
+    from miniclip.follow import check_towers
     from miniclip.page.serve import (
         create_app,
         listen,
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     with listen(args.port) as socket:  # if the port is in use, fail before the slow loading
         models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
+        for name, loaded in models.items():
+            check_towers(loaded.model, name)
         app = create_app(models, *(open_index(args.index, args.device) if args.index else ()))
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"
         print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)

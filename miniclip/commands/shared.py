@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miniclip.errors import ImageError
 from miniclip.files.hub import embedded_names
@@ -58,12 +58,19 @@ def read_labels(names: list[str]) -> list[str]:
     """Return the labels from --labels, from standard input, or from a file, folder or set."""
     from miniclip.zeroshot.data import find_labels
 
-    return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
+    return open_stdin().read().splitlines() if names == ["-"] else find_labels(names)
 
 
 def read_input(name: str) -> str | bytes:
     """Return the name of a file, or the bytes of standard input for "-"."""
-    return sys.stdin.buffer.read() if name == "-" else name
+    return open_stdin().buffer.read() if name == "-" else name
+
+
+def open_stdin() -> TextIO:
+    """Return standard input. Raise ValueError if it is closed."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; expected data from a pipe or a file")
+    return sys.stdin
 
 
 def add_revision(parser: argparse._ActionsContainer) -> None:
@@ -96,9 +103,11 @@ def add_engine(parser: argparse.ArgumentParser, *others: str) -> None:
 def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
     """Load the model that the arguments name, with its tokenizer and its transform."""
     from miniclip.checkpoint import load
+    from miniclip.follow import check_towers
 
     asked = {"device": args.device, "reference": args.reference, "revision": args.revision}
     loaded = load(args.model, **asked | options)
+    check_towers(loaded.model, args.model)
     if getattr(args, "engine", "eager") not in ("eager", "auto"):
         from miniclip.engines import use_engine
 

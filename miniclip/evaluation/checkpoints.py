@@ -11,6 +11,7 @@ from miniclip.evaluation.captions import COLUMNS, captioned_images, rows_with_ca
 from miniclip.evaluation.classification import Evaluation, evaluate
 from miniclip.evaluation.features import Features, picture_features
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
+from miniclip.model import CLIP
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts
 from miniclip.zeroshot.data import LabelledImages, check_classes, labelled_images
 
@@ -30,13 +31,28 @@ def caption_ranks(
 ) -> dict[str, Tensor]:
     """Compute the ranks of N images and of their captions, as `retrieval_ranks` does.
 
-    A caption that is too long for the model is cut.
+    A caption that is too long for the model is cut. Raises ValueError for a fork whose `score` does
+    not grow with the cosine.
     """
     texts = [text for several in captions for text in several]
     image_of = torch.tensor([i for i, several in enumerate(captions) for _ in several])
-    text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True).float().cpu()
-    ranks = retrieval_ranks(features.vectors["proj"], text_embeds, image_of)
+    text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True)
+    check_ranks_by_cosine(loaded.model, features.vectors["proj"][:64].to(text_embeds), text_embeds)
+    ranks = retrieval_ranks(features.vectors["proj"], text_embeds.float().cpu(), image_of)
     return dict(zip(("image_to_text", "text_to_image"), ranks, strict=True))
+
+
+def check_ranks_by_cosine(model: CLIP, image_embeds: Tensor, text_embeds: Tensor) -> None:
+    """Raise ValueError for a fork whose `score` does not grow with the cosine of a pair."""
+    if getattr(model.score, "__func__", None) is CLIP.score:
+        return
+    text_embeds = text_embeds[:64]
+    order = (text_embeds.double() @ image_embeds.double().T).flatten().argsort()
+    scores = model.score(image_embeds, text_embeds).detach().flatten()[order]
+    rounding = 32 * torch.finfo(scores.dtype).eps * scores.abs().max()
+    if (scores.diff() < -rounding).any():
+        name = type(model).__name__
+        raise ValueError(f"ranks are by cosine, but {name}.score ranks the pairs in another order")
 
 
 def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], dict[str, float]]:

@@ -52,6 +52,9 @@ def retrieval_ranks(
     parts = (torch.arange(count).split(size) for count, size in zip((n, m), BLOCK, strict=True))
     for i, j in progress([*product(*parts)], "block"):
         scores = image_embeds[i] @ text_embeds[j].T  # (B, C)
+        # Autocast and torch.set_float32_matmul_precision may round this product to bfloat16.
+        if not (scores[0] - exact(i[:1].expand(len(j)), j)).abs().max() <= rounding:
+            scores = image_embeds[i].double() @ text_embeds[j].double().T
         for ranks, which, dim, wanted, place, wanted_place in (
             (image_ranks, i, 1, best_score[i, None], j[None, :], first[i, None]),
             (text_ranks, j, 0, own[None, j], i[:, None], image_of[None, j]),

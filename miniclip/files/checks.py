@@ -227,6 +227,16 @@ def check_reference(reference: str) -> None:
         raise wrong("reference", reference, " or ".join(map(repr, REFERENCES)))
 
 
+def check_unit_norm(embeds: Tensor, dtype: Any) -> Tensor:
+    """Return embeddings of a model in this dtype. Raise ValueError unless they have length 1."""
+    if not ((embeds.float().norm(dim=-1) - 1).abs() < 0.5).all():  # also true for NaN
+        raise ValueError(
+            f"an embedding is NaN, infinite or zero: the model overflows in {dtype}; load it in "
+            "float32 or bfloat16, which have a larger range"
+        )
+    return embeds
+
+
 def check_context_length(length: Any) -> None:
     """Raise ValueError unless a start and an end token fit into the context length."""
     if type(length) is not int or length < 2:

@@ -57,6 +57,12 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
     return file
 
 
+def refuse_unreadable(error: OSError) -> None:
+    """Raise ValueError for a folder that cannot be listed. By default, os.walk leaves it out."""
+    reason = f"{error.filename}: the folder cannot be read: {error.strerror}"
+    raise ValueError(f"{reason}; make it readable, or leave it out") from error
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Read the bytes of a file, unpacked if its name ends in .gz. Raises OSError or ValueError, and
     for a damaged .gz also EOFError or zlib.error."""

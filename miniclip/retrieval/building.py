@@ -20,7 +20,7 @@ from miniclip.engines import engine_of
 from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
 from miniclip.files.tars import Member
-from miniclip.files.writing import lock
+from miniclip.files.writing import blaming_disk, lock
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, describe, embed
 from miniclip.retrieval.pictures import Stamp, pixels_of, stamp
 from miniclip.terminal import counted, progress
@@ -80,7 +80,7 @@ def embed_parts(
     for part, (made, rows, skipped) in zip(parts, encoded, strict=True):
         paths = Strings.pack(str(part[row][0]) for row in rows)
         stamps = torch.tensor([part[row][1] for row in rows], dtype=torch.int64).view(-1, 2)
-        embeddings = torch.cat([torch.empty(0, width), *made])
+        embeddings = torch.cat([torch.empty(0, width, dtype=torch.float32), *made])
         yield Index(embeddings, paths, encoder, skipped, os.getcwd(), stamps)
 
 
@@ -256,7 +256,12 @@ def gather(
     """
     which, places = torch.tensor(taken).T
     width = indexes[0].embeddings.shape[1]
-    embeddings = torch.from_file(str(scratch), shared=True, size=len(taken) * width).view(-1, width)
+    size = len(taken) * width
+    if hasattr(os, "posix_fallocate"):  # if the disk is full, a write to a mapped file ends Python
+        with blaming_disk(scratch), open(scratch, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)
+    mapped = torch.from_file(str(scratch), shared=True, size=size, dtype=torch.float32)
+    embeddings = mapped.view(-1, width)
     stamps = torch.empty(len(taken), 2, dtype=torch.int64)
     for i, index in enumerate(indexes):
         for rows in (which == i).nonzero()[:, 0].split(BLOCK):

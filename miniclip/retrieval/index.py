@@ -18,13 +18,13 @@ from torch import Tensor
 
 from miniclip.checkpoint import Loaded, load
 from miniclip.errors import shown
-from miniclip.files.checks import as_list
+from miniclip.files.checks import as_list, check_unit_norm
 from miniclip.files.hub import as_path, commit_of, embedded_names, is_local, resolve
 from miniclip.files.modules import class_of, named_modules, state_of, unwrapped
 from miniclip.files.reading import open_regular
 from miniclip.files.tars import Member
 from miniclip.files.writing import replacing
-from miniclip.follow import ids_for
+from miniclip.follow import check_towers, ids_for
 from miniclip.model import CLIP, unit_norm
 from miniclip.retrieval.pictures import open_picture, pixels_of
 from miniclip.transform import ImageTransform
@@ -271,6 +271,7 @@ class Index:
             reference=made_by.transform.reference,
             revision=None if name else made_by.revision,
         )
+        check_towers(loaded.model, name or made_by.model)
         self.check(loaded, name or made_by.model)
         return loaded
 
@@ -279,12 +280,7 @@ class Index:
 def embed(model: CLIP, pixels: Tensor) -> Tensor:
     """Embed pixels (B, 3, S, S) as unit vectors (B, E), always in float32 and on the CPU."""
     x = unit_norm(model.encode_image(pixels.to(model.logit_scale.device)).float()).cpu()
-    if not x.isfinite().all():
-        raise ValueError(
-            f"an embedding is NaN or infinite: the model overflows in {model.logit_scale.dtype}; "
-            "load it in float32 or bfloat16, which have a larger range"
-        )
-    return x
+    return check_unit_norm(x, model.logit_scale.dtype)
 
 
 @torch.no_grad()
@@ -308,7 +304,7 @@ def embed_query(
         The sum as a unit vector (E,).
 
     Raises:
-        ValueError: a text is empty, or the sum is zero.
+        ValueError: a text is empty, an embedding is NaN or infinite, or the sum is zero.
         ImageError: an image cannot be read.
 
     >>> import miniclip
@@ -320,11 +316,11 @@ def embed_query(
     texts, minus = as_list(texts), as_list(minus)
     if not all(text.strip() for text in (*texts, *minus)):
         raise ValueError("a text is empty: expected at least one word in it")
-    rows = [torch.empty(0, model.config.embed_dim)]
+    rows = [torch.empty(0, model.config.embed_dim, dtype=torch.float32)]
     if texts or minus:
         ids = ids_for(model.text, tokenizer, [*texts, *minus])
         x = model.encode_text(ids.to(model.logit_scale.device))
-        rows.append(unit_norm(x.float()).cpu())
+        rows.append(check_unit_norm(unit_norm(x.float()).cpu(), model.logit_scale.dtype))
     if pictures or minus_pictures:
         pixels = [pixels_of(picture, transform) for picture in (*pictures, *minus_pictures)]
         rows.append(embed(model, torch.stack(pixels)))

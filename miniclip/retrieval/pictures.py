@@ -12,6 +12,7 @@ from torch import Tensor
 
 from miniclip.errors import ImageError
 from miniclip.files.pictures import is_hidden, is_picture, open_image, with_name
+from miniclip.files.reading import refuse_unreadable
 from miniclip.files.tars import Member, members
 from miniclip.transform import ImageTransform
 
@@ -44,7 +45,7 @@ def find_pictures(
         damaged tar. The files of a folder are sorted.
 
     Raises:
-        ValueError: a path has no images, or all images are excluded.
+        ValueError: a path has no images, a folder cannot be read, or all images are excluded.
     """
     found: dict[str | Member, None] = {}
     damage: list[str] = []
@@ -90,7 +91,7 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
 def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
     """Yield the images and tars below a folder, also in linked folders. Read each folder once."""
     seen = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=refuse_unreadable, followlinks=True):
         below = Path(folder).relative_to(root)
         names, folders[:] = (
             [name for name in some if _is_wanted(str(below / name), exclude)]

@@ -12,6 +12,7 @@ from miniclip.evaluation.captions import COLUMNS
 from miniclip.files.hub import resolve
 from miniclip.files.models import check_device
 from miniclip.files.reading import read_json
+from miniclip.follow import check_towers
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import open_data
@@ -98,6 +99,7 @@ def set_up(
     recipe = replace(recipe, **overrides or {})
     if model:
         loaded = load(model, device=device)
+        check_towers(loaded.model, model)
         return Setup(*loaded, open_data(data, loaded.transform, columns), recipe)
     shape = SMALL
     if config:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miniclip.files.checks import as_list
+from miniclip.files.checks import as_list, check_unit_norm
 from miniclip.follow import ids_for, sees_padding
 from miniclip.model import CLIP, unit_norm
 from miniclip.terminal import progress
@@ -58,7 +58,9 @@ class ZeroShotClassifier:
         self.weights = class_embeddings(model, tokenizer, self.labels, templates)  # (C, E)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        image_embeds = self.model.encode_image(pixels.to(self.weights), normalize=True)
+        if pixels.is_floating_point():  # otherwise the model raises an error
+            pixels = pixels.to(self.weights)
+        image_embeds = self.model.encode_image(pixels, normalize=True)
         return self.model.score(image_embeds, self.weights).T  # (B, C)
 
     def rank(self, pixels: Tensor) -> list[list[Score]]:
@@ -108,7 +110,8 @@ def embed_texts(
     """Embed texts in batches, with a progress bar. Returns a unit vector for each text, (B, E).
 
     Texts of similar length share a batch, which saves padding. Equal texts are embedded once.
-    `truncate` cuts texts that are too long. Otherwise a long text raises ContextLengthError.
+    `truncate` cuts texts that are too long. Otherwise a long text raises ContextLengthError. Raises
+    ValueError if an embedding is NaN or infinite.
     """
     texts = as_list(texts)
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -122,6 +125,7 @@ def embed_texts(
     for rows in progress(batches, "batch of texts"):
         batch = ids[rows, : lengths[rows].max()]
         embeds[rows] = model.encode_text(batch.to(embeds.device), normalize=True)
+    check_unit_norm(embeds, embeds.dtype)
     return embeds[[places[text] for text in texts]]
 
 

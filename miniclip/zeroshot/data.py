@@ -10,7 +10,7 @@ from typing import NamedTuple
 from miniclip.errors import listed
 from miniclip.files.checks import as_list
 from miniclip.files.pictures import is_hidden
-from miniclip.files.reading import MOST_BYTES, read_bytes
+from miniclip.files.reading import MOST_BYTES, read_bytes, refuse_unreadable
 from miniclip.terminal import counted
 from miniclip.zeroshot.prompts import CLASS_SETS, IMAGENET_CLASSES, IMAGENET_WNIDS
 
@@ -92,13 +92,16 @@ def class_folders(root: str | PathLike[str]) -> list[str]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder and its subfolders, sorted, without hidden files."""
+    """Return the files in a folder and its subfolders, sorted, without hidden files.
 
-    def is_visible(path: Path) -> bool:
-        hidden = any(map(is_hidden, path.relative_to(folder).parts))
-        return not hidden and path.is_file()
-
-    return sorted(filter(is_visible, folder.rglob("*")))
+    Raises ValueError if a folder cannot be read.
+    """
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=refuse_unreadable):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        paths = (Path(root, name) for name in names if not is_hidden(name))
+        found += filter(Path.is_file, paths)
+    return sorted(found)
 
 
 def labelled_images(
@@ -113,7 +116,8 @@ def labelled_images(
             ImageNet as names (n01440764), or are called 0 to 999, the labels are OpenAI's names.
 
     Raises:
-        ValueError: if there is no class or no file, or if the number of labels is wrong.
+        ValueError: if there is no class or no file, if a folder cannot be read, or if the number of
+            labels is wrong.
     """
     root, folders = Path(root), class_folders(root)
     labels = folder_labels(folders) if labels is None else as_list(labels, "label")

@@ -626,8 +626,8 @@ SLIPS = [
     ),
     Slip(
         "Hidden files count as images.",
-        "return not hidden and path.is_file()",
-        "return path.is_file()",
+        "for name in names if not is_hidden(name))",
+        "for name in names)",
         f"{ZEROSHOT} -k hidden",
     ),
     Slip(
@@ -777,7 +777,7 @@ SLIPS = [
     ),
     Slip(
         "Embeddings with NaN or infinity are accepted.",
-        "if not x.isfinite().all():",
+        "if not ((embeds.float().norm(dim=-1) - 1).abs() < 0.5).all():",
         "if False:",
         f"{RETRIEVAL} -k nan_embedding",
     ),
