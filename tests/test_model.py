@@ -31,6 +31,7 @@ from miniclip import (
 )
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
+from miniclip.files.published import RELEASES
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
@@ -293,7 +294,7 @@ TINYCLIP = {
 
 
 @pytest.mark.parametrize("name", TINYCLIP)
-def test_tinyclips_towers_have_the_size_of_their_names(name):
+def test_tinyclips_towers_have_the_size_of_their_names_and_exact_gelu(name):
     with meta_device():
         model = CLIP(PUBLISHED[name])
     vision, text = (
@@ -302,6 +303,7 @@ def test_tinyclips_towers_have_the_size_of_their_names(name):
     )
     text -= model.text.token_embed.weight.numel()
     assert (round(vision / 1e6), round(text / 1e6)) == TINYCLIP[name]
+    assert model.config.vision.act == model.config.text.act == RELEASES[name][1] == "gelu"
     assert PARAMETERS.keys() | TINYCLIP.keys() == PUBLISHED.keys()
 
 

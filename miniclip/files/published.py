@@ -30,14 +30,15 @@ PUBLISHED = {
     "H/14": _fields((1280, 32, 16, 5120, 14, 224), (1024, 24, 1024), "gelu"),
     "g/14": _fields((1408, 40, 16, 6144, 14, 224), (1024, 24, 1024), "gelu"),
     "bigG/14": _fields((1664, 48, 16, 8192, 14, 224), (1280, 32, 1280), "gelu"),
-    "TinyCLIP-8M/16": _fields((256, 10, 4, 1024, 16, 224), (256, 3, 512)),
-    "TinyCLIP-39M/16": _fields((512, 12, 8, 2048, 16, 224), (512, 6, 512)),
-    "TinyCLIP-40M/32": _fields((512, 12, 8, 2048, 32, 224), (512, 6, 512)),
-    "TinyCLIP-61M/32": _fields((640, 12, 10, 2560, 32, 224), (512, 9, 512)),
+    "TinyCLIP-8M/16": _fields((256, 10, 4, 1024, 16, 224), (256, 3, 512), "gelu"),
+    "TinyCLIP-39M/16": _fields((512, 12, 8, 2048, 16, 224), (512, 6, 512), "gelu"),
+    "TinyCLIP-40M/32": _fields((512, 12, 8, 2048, 32, 224), (512, 6, 512), "gelu"),
+    "TinyCLIP-61M/32": _fields((640, 12, 10, 2560, 32, 224), (512, 9, 512), "gelu"),
 }
 """The shapes of OpenAI's CLIPs (tables 19 and 20 of the paper), of LAION's CLIPs
 (github.com/mlfoundations/open_clip, model_configs) and of TinyCLIP (Wu et al. 2023, arXiv
-2309.12314). The end token is 49407, although OpenAI's own files say 2 (LEGACY_EOS)."""
+2309.12314; github.com/microsoft/Cream, TinyCLIP/src/open_clip). The end token is 49407, although
+OpenAI's own files say 2 (LEGACY_EOS)."""
 
 OPENAI_NAMES = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -79,7 +80,7 @@ RELEASES = {
     "laion/CLIP-ViT-g-14-laion2B-s12B-b42K": ("g/14", "gelu"),
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ("bigG/14", "gelu"),
     "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b": ("bigG/14", "quick_gelu"),
-    **{name: (name, "quick_gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
+    **{name: (name, "gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
 }
 """The shape and the activation of each release. No two releases have the same pair."""
 
