@@ -728,7 +728,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
     def interrupt(self, *args, **kwargs):
         note(self, *args, **kwargs)
         if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread, which is the main thread
 
     monkeypatch.setattr(run_module.Run, "log_step", interrupt)
     before = signal.signal(
