@@ -195,8 +195,8 @@ def check_rebuilt(who: str, model: Any) -> Any:
     return model
 
 
-PLAIN = {VisionTower, TextTower, Block, Attention, MLP, Site, QuickGELU, nn.GELU}
-PLAIN |= {nn.Conv2d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.Sequential}
+CLIP_MODULES = {VisionTower, TextTower, Block, Attention, MLP, Site, QuickGELU, nn.GELU}
+CLIP_MODULES |= {nn.Conv2d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.Sequential}
 """The classes of the modules in CLIP's towers."""
 
 
@@ -210,7 +210,7 @@ def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -
     """
     own = ("__init__", "forward")
     has_own = own_method(tower, (*own, "embed_tokens", "pool"), own, (*own, "qkv", "attend"), own)
-    if not any(has_own) and {class_of(module) for module in tower.modules()} <= PLAIN:
+    if not any(has_own) and {class_of(module) for module in tower.modules()} <= CLIP_MODULES:
         return
     towers = (tower, other)
     modes = [one.training for one in towers]

@@ -35,8 +35,8 @@ from miniclip.transform import ImageTransform
 Train = TypeVar("Train", bound=Callable[..., CLIP])
 
 
-def alone(train: Train) -> Train:
-    """Lock `out` during a run, and restore afterwards which parameters need gradients."""
+def locking(train: Train) -> Train:
+    """Decorate `train`: lock `out`, and restore afterwards which parameters need gradients."""
 
     @wraps(train)
     def locked(
@@ -54,7 +54,7 @@ def alone(train: Train) -> Train:
     return cast(Train, locked)
 
 
-@alone
+@locking
 def train(
     model: CLIP,
     tokenizer: Tokenizer,
