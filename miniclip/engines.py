@@ -48,6 +48,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,8 +152,6 @@ def onnxruntime(tower: nn.Module, int8: bool = False) -> Encode:
 
 def openvino(tower: nn.Module, precision: str = "f32") -> Encode:
     """Run a tower in OpenVINO on the CPU. Without `precision`, OpenVINO might choose bfloat16."""
-    from openvino import Core
-
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -160,8 +159,20 @@ def openvino(tower: nn.Module, precision: str = "f32") -> Encode:
     with TemporaryDirectory() as folder:
         path = Path(folder, "tower.onnx")
         write_onnx(tower, path)
-        model = Core().compile_model(path, "CPU", settings)
+        model = openvino_core().compile_model(path, "CPU", settings)
     return lambda x: torch.from_numpy(model(x.numpy())[0])
+
+
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's Core, which stays until the process ends.
+
+    OpenVINO gives the main thread a stack for signal handlers. If the garbage collector deleted the
+    Core in another thread, this stack would be freed, and the next Ctrl-C would crash Python.
+    """
+    from openvino import Core
+
+    return Core()
 
 
 class Engine(NamedTuple):

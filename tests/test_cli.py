@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from functools import partial
 from importlib.metadata import version
@@ -846,7 +847,9 @@ def test_a_terminal_shows_a_bar_after_two_seconds_and_a_log_a_line_every_thirty(
     is_terminal, seconds, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    threads = threading.active_count()
     bar = progress(total=1)
+    assert is_terminal or threading.active_count() == threads
     assert (bar.delay, bar.leave) == (seconds, not is_terminal)
     if not is_terminal:
         assert (bar.mininterval, bar.maxinterval, bar.miniters) == (30, math.inf, 1)

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,6 +78,34 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, c
             assert_far(found[1], unmasked.text(ids))
     assert capfd.readouterr().err == ""
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+
+
+DELETED_IN_A_THREAD = """
+import gc, signal, threading
+from miniclip import load
+from miniclip.engines import on_engine
+
+model, tokenizer, _ = load("shapes")
+engines = [on_engine(model.text, "openvino")]
+engines[0](tokenizer(["a cat"]))
+thread = threading.Thread(target=lambda: (engines.clear(), gc.collect()))
+thread.start()
+thread.join()
+try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.slow
+def test_control_c_still_works_after_another_thread_deleted_an_engine():
+    if missing := ENGINES["openvino"].missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    command = [sys.executable, "-c", DELETED_IN_A_THREAD]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "stopped\n"), run.stderr
 
 
 def test_only_float32_engines_promise_2e_5():
