@@ -4,6 +4,7 @@ Each test repeats a public report about openai/CLIP, open_clip, transformers, di
 program that uses them. The expected values come from transformers, or are the saved weights.
 """
 
+import copy
 import argparse
 import datetime
 import json
@@ -745,7 +746,8 @@ def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tm
     assert not torch.allclose(mended.encode_text(ids), legacy.encode_text(ids))
     row = legacy.text.token_embed.weight[520:]
     ours = add_tokens(model, row)  # add_tokens sets the end token itself
-    assert torch.equal(ours.encode_text(ids), mended.encode_text(ids))
+    aligned = copy.deepcopy(mended)  # MKL may round memory-mapped weights differently on some CPUs
+    assert torch.equal(ours.encode_text(ids), aligned.encode_text(ids))
 
 
 def test_transformers_21638_images_one_or_three_pixels_wide_have_the_right_axes():

@@ -760,13 +760,13 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
 def test_an_error_ends_the_reading_of_a_list(tmp_path, monkeypatch, two_threads):
     started, failed = [], threading.Event()
 
-    def open_absent(path):
+    def open_absent(path, **options):
         failed.set()
         raise ImageError("absent")
 
     def wait_for_the_error(*arguments):
         started.append(1)
-        failed.wait()
+        failed.wait(60)
         time.sleep(0.001)
         return real(*arguments)
 
