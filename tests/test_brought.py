@@ -4,8 +4,8 @@ Each test repeats a public report about openai/CLIP, open_clip, transformers, di
 program that uses them. The expected values come from transformers, or are the saved weights.
 """
 
-import copy
 import argparse
+import copy
 import datetime
 import json
 import struct
