@@ -73,9 +73,9 @@ sites add no operation and change no bit
 exact sum over layers, heads or tokens
     lens: the_parts_sum_to_the_embedding
 The given model does not change
-    surgery_shapes: a_resized_model_shares_what_does_not_change
+    surgery_shapes: a_resized_model_shares_unchanged_tensors_with_the_given_model
 keep each bit of the new model
-    surgery_shapes: what_surgery_made_is_saved_and_loaded_bit_for_bit
+    surgery_shapes: a_model_after_surgery_is_saved_and_loaded_bit_for_bit
 each in ten lines, and compares each with its paper
     published: ten_lines_are_enough
 compares our versions with the authors' code

@@ -1,4 +1,4 @@
-"""Test interventions, dense features and prompt vectors. None of these changes the model."""
+"""Test interventions, dense features and prompt vectors. None of them changes the model."""
 
 import math
 import re
@@ -261,7 +261,7 @@ def test_patch_dropout_keeps_some_patches_in_their_order(model):
 
 
 @pytest.mark.parametrize("share, kept", [(0.0, 25), (0.65, 9), (0.69, 8), (0.99, 1)])
-def test_patch_dropout_keeps_the_nearest_number_of_patches_but_at_least_one(share, kept):
+def test_patch_dropout_rounds_the_number_of_kept_patches_but_keeps_at_least_one(share, kept):
     """The tower has 25 patches. 25 * (1 - share) is 25, 8.75, 7.75 or 0.25 before rounding."""
     model = tiny_clip()
     with patch_dropout(model.train(), share):
@@ -456,7 +456,7 @@ def test_dense_features_run_only_the_blocks_that_they_need(model):
         block.ln_1.register_forward_hook(lambda module, *_: runs.append(module))
     dense_features(model, inputs(model, "vision"), "gem")
     one, two, three = (block.ln_1 for block in model.vision.blocks)
-    assert runs == [one, one, two, two, three]  # GEM's path, and CLIP's path before the last block
+    assert runs == [one, one, two, two, three]  # GEM's path runs 3 blocks, CLIP's path 2
 
 
 class Flip(nn.Module):
@@ -465,7 +465,7 @@ class Flip(nn.Module):
 
 
 @torch.no_grad()
-def test_dense_features_run_a_module_in_a_sites_place_or_name_it(model):
+def test_dense_features_run_a_spliced_module_or_name_its_site_in_an_error(model):
     x, last = inputs(model, "vision"), "vision.blocks.2"
     for site in ("resid_mid", "attn.z", "attn.v"):
         with splice(model, f"{last}.{site}", Flip()):
@@ -485,7 +485,9 @@ def test_dense_features_run_a_module_in_a_sites_place_or_name_it(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["dino", "transformers"])
-def test_dense_features_at_another_size_copy_only_positions(model, method, monkeypatch):
+def test_dense_features_at_another_size_copy_only_the_position_embedding(
+    model, method, monkeypatch
+):
     large = torch.randn(2, 3, 24, 56).to(model.logit_scale)
     expected = dense_features(resize_image(model, (24, 56), method), large, "sclip")
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -502,7 +504,7 @@ def test_dense_features_at_another_size_copy_only_positions(model, method, monke
 
 
 @torch.no_grad()
-def test_dense_features_at_another_size_keep_a_position_embedding_that_is_a_buffer(model):
+def test_dense_features_at_another_size_leave_a_position_embedding_buffer_unchanged(model):
     vision, large = model.vision, torch.randn(2, 3, 24, 56).to(model.logit_scale)
     expected = dense_features(model, large, "sclip", "dino")
     table = vision.pos_embed.detach()
@@ -513,7 +515,7 @@ def test_dense_features_at_another_size_keep_a_position_embedding_that_is_a_buff
 
 
 @torch.no_grad()
-def test_each_image_uses_its_own_features_of_another_model(model):
+def test_each_image_uses_its_own_features_from_the_other_model(model):
     x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign))
     assert found.shape == (3, 24, 36)
@@ -568,7 +570,7 @@ def test_neighbours_are_found_where_a_fork_has_its_patches(model):
 
 
 @torch.no_grad()
-def test_the_vectors_of_tokens_give_the_embedding_of_the_tokens(model):
+def test_token_vectors_give_the_same_embedding_as_the_token_ids(model):
     ids = inputs(model, "text")
     vectors, eos = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
     for normalize in (False, True):
@@ -578,7 +580,7 @@ def test_the_vectors_of_tokens_give_the_embedding_of_the_tokens(model):
 
 
 @torch.no_grad()
-def test_prompt_vectors_give_transformers_embedding():
+def test_prompt_vectors_give_the_same_embedding_as_in_transformers():
     ours, theirs = twins(TINY, dtype=torch.float64)
     ids = inputs(ours, "text")
     vectors = torch.randn(3, 9, 40, dtype=torch.float64)
@@ -593,7 +595,7 @@ def test_prompt_vectors_give_transformers_embedding():
     assert_far(found, ours.encode_text(ids))
 
 
-def test_learned_context_vectors_get_the_gradient_and_the_model_none():
+def test_only_the_learned_context_vectors_get_a_gradient():
     """As in CoOp, the same four vectors come before the tokens of each class."""
     model = tiny_clip()
     model.requires_grad_(False)

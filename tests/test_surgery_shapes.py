@@ -203,7 +203,7 @@ def test_empty_surgery_changes_nothing(model, tower):
         assert not any(p.data_ptr() in theirs for p in same.parameters())
 
 
-def test_a_resized_model_shares_what_does_not_change(model):
+def test_a_resized_model_shares_unchanged_tensors_with_the_given_model(model):
     """A copy of B/16's unchanged tensors would take 582 MB."""
     new = resize_image(model, 64)
     theirs = {p.data_ptr() for p in model.parameters()}
@@ -288,7 +288,7 @@ def resampling_matrix(old, new, method):
             low = min(math.floor(centre), old - 1)
             matrix[i, low] += 1 - (centre - low)
             matrix[i, min(low + 1, old - 1)] += centre - low
-        else:  # outside the line, the first or last sample is repeated
+        else:  # beyond the ends, the first or last sample is repeated
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 matrix[i, min(max(j, 0), old - 1)] += kernel(j - centre, -0.75)
     return matrix
@@ -311,7 +311,7 @@ def test_resizing_equals_the_formula_of_each_method(size, method):
     assert resized.config.vision.image_size == (size[0] if size[0] == size[1] else size)
 
 
-def test_the_same_number_of_patches_in_another_grid_has_other_positions():
+def test_another_grid_with_the_same_number_of_patches_has_another_position_embedding():
     config = replace(TINY, vision=replace(TINY.vision, image_size=32))
     model, _ = twins(config)
     wide = resize_image(model, (16, 64))  # 4 x 4 patches become 2 x 8
@@ -363,7 +363,7 @@ def test_resizing_equals_timm_and_open_clip(recorded):
         assert_recorded(resized_table(old, new, "timm"), values)
 
 
-def test_resized_patches_equal_timms(recorded):
+def test_patches_are_resized_as_in_timm(recorded):
     for (old, new), values in zip(record_timm.PATCHES, recorded["timm.patch_embed"], strict=True):
         config = VisionConfig(
             width=1, layers=1, heads=1, image_size=old, patch_size=old, channels=2
@@ -402,7 +402,7 @@ def test_one_channel_reads_grey_like_three_channels():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_saved_and_loaded(channels, tmp_path):
+def test_a_model_with_another_number_of_channels_is_saved_and_loaded(channels, tmp_path):
     model = resize_channels(tiny_clip(), channels)
     model.save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
@@ -414,7 +414,7 @@ def test_other_channels_are_saved_and_loaded(channels, tmp_path):
     torch.testing.assert_close(theirs.pooler_output, ours)
 
 
-def test_stretched_contexts_equal_open_clips(recorded):
+def test_contexts_are_stretched_as_in_open_clip(recorded):
     values = recorded["open_clip.text_pos_embed"]
     for (old, new), values in zip(record_timm.CONTEXTS, values, strict=True):
         config = replace(TINY.text, width=2, heads=1, context_length=old)
@@ -425,7 +425,7 @@ def test_stretched_contexts_equal_open_clips(recorded):
             assert_recorded(extend_context(model, new, keep=0).text.pos_embed, values, 1e-3)
 
 
-def test_a_resized_model_equals_timms(recorded):
+def test_a_resized_model_gives_the_same_embedding_as_in_timm(recorded):
     tower = record_timm.small_tower()
     model = CLIP(CLIPConfig(record_timm.VISION, TINY.text, record_timm.EMBED_DIM)).double()
     model.vision = tower
@@ -619,7 +619,7 @@ BEYOND = {
 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("surgery", [*EXPRESSIBLE.values(), *BEYOND.values()])
-def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
+def test_a_model_after_surgery_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
     model = tiny_clip()
     changed = surgery(model)
     assert_same_weights(model, tiny_clip())  # the given model is unchanged
@@ -634,7 +634,7 @@ def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @torch.no_grad()
-def test_models_that_transformers_can_express_have_equal_logits_there(name, tmp_path):
+def test_models_that_transformers_can_express_have_the_same_logits_in_transformers(name, tmp_path):
     model = EXPRESSIBLE[name](tiny_clip(torch.float64))
     model.save_pretrained(tmp_path)
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
@@ -648,7 +648,7 @@ def test_models_that_transformers_can_express_have_equal_logits_there(name, tmp_
 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", BEYOND)
-def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
+def test_transformers_cannot_load_a_model_that_it_would_compute_wrongly(name, tmp_path):
     model = BEYOND[name](tiny_clip())
     model.save_pretrained(tmp_path)
     for theirs in (CLIPModel, AutoModel):
@@ -709,7 +709,7 @@ def test_operations_on_different_parts_commute():
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("by", ["layer", "head", "token"])
 @pytest.mark.parametrize("name", [*BEYOND, "LoRA"])
-def test_what_surgery_made_is_decomposed_exactly(name, by):
+def test_a_model_after_surgery_is_decomposed_exactly(name, by):
     model = tiny_clip(torch.float64)
     model = add_lora(model) if name == "LoRA" else BEYOND[name](model)
     for parameter in model.parameters():
@@ -830,7 +830,7 @@ def test_impossible_surgery_is_an_error(name):
 
 
 @pytest.mark.parametrize("part", ["", ".attn", ".mlp"])
-def test_a_part_of_two_blocks_is_not_pruned(part):
+def test_pruning_a_part_that_two_blocks_share_is_an_error(part):
     model = tiny_clip()
     model.set_submodule(f"text.blocks.1{part}", model.get_submodule(f"text.blocks.0{part}"))
     prunings = {".attn": prune_heads, ".mlp": prune_neurons}

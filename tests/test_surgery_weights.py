@@ -173,7 +173,7 @@ def wrong_activation(model):
 @pytest.mark.parametrize("change", [
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
-def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
+def test_models_that_their_configs_do_not_describe_have_no_mean(combine, change):
     """A mean of unmerged models would be wrong, because it averages LoRA's A and B separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
@@ -187,7 +187,7 @@ def test_the_mean_of_merged_models_is_the_mean_of_their_weights():
     assert (weights[0] - weights[1]).abs().max() > 1e-2
 
 
-def test_the_buffers_of_a_fork_are_averaged_with_its_weights():
+def test_the_buffers_of_a_fork_are_averaged_like_its_weights():
     one, other = Counting(TINY), Counting(TINY)
     one.mean.fill_(1), other.mean.fill_(3), one.count.fill_(5)
     found = average([one, other])
@@ -196,7 +196,7 @@ def test_the_buffers_of_a_fork_are_averaged_with_its_weights():
         assert (TaskVector.between(one, other).apply(one, 2).mean == 5).all()
 
 
-def test_no_models_have_no_mean():
+def test_the_mean_of_no_models_is_an_error():
     with pytest.raises(ValueError, match="at least one model to average"):
         average([])
 
@@ -205,7 +205,7 @@ def test_no_models_have_no_mean():
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_groups_hold_every_parameter_once_from_input_to_output(tower):
+def test_groups_hold_every_parameter_once_in_order_from_input_to_output(tower):
     part = getattr(three()[0], tower)
     groups = layer_groups(part)
     names = {id(p): name for name, p in part.named_parameters()}
@@ -262,7 +262,7 @@ def low_rank(model, name):
     return model.get_submodule(name).parametrizations.weight[0]
 
 
-def test_lora_begins_equal_to_the_base_bit_for_bit():
+def test_lora_starts_bit_for_bit_equal_to_the_base():
     base = tiny_clip()
     model = add_lora(base)
     assert torch.equal(logits(model), logits(base))
@@ -273,7 +273,7 @@ def test_lora_begins_equal_to_the_base_bit_for_bit():
     assert all(p.requires_grad for p in base.parameters())  # the base is unchanged
 
 
-def test_lora_begins_with_the_values_of_a_linear_layer_and_with_zeros():
+def test_lora_matrix_a_starts_like_a_linear_layer_and_matrix_b_starts_at_zero():
     """PEFT and the paper's code begin with the same values. The defaults are rank 4 and scale 1."""
     name = "text.blocks.0.mlp.fc1"
     torch.manual_seed(0)

@@ -155,7 +155,7 @@ def transformers_ids(folder: Path, some: list[str]) -> list[list[int]]:
 
 
 def different(ours: Tokenizer, folder: Path, some: list[str]) -> list[str]:
-    """Return the texts to which `ours` gives other ids than transformers."""
+    """Return the texts for which `ours` and transformers give different ids."""
     expected = transformers_ids(folder, some)
     return [text for text, ids in zip(some, expected) if ours.encode(text) != ids]
 
@@ -228,7 +228,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
 
 
 def test_golden_ids_of_other_projects_are_reproduced(data):
-    """For two of the 80 records, transformers gives the recorded ids. OpenAI gives other ids."""
+    """transformers gives the recorded ids for all 80 records, and OpenAI's code for 78."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}
@@ -469,7 +469,7 @@ def test_the_cache_of_chunks_takes_about_30_megabytes(trained):
 # ---- rows --------------------------------------------------------------------------------------
 
 
-def test_rows_are_padded_to_the_longest_or_to_pad_to(trained):
+def test_rows_are_padded_to_the_longest_row_or_to_a_given_length(trained):
     tokenizer, some = Tokenizer.from_directory(trained), ["a cat", "", "a photo of two cats"]
     ids = tokenizer(some)
     theirs = transformers_tokenizer(trained)(some, padding=True, return_tensors="pt")["input_ids"]
@@ -516,7 +516,7 @@ def test_a_text_of_77_tokens_fits_and_one_of_78_does_not(trained):
         assert torch.equal(ids[0, :-1], tokenizer("! " * 75)[0, : length - 1])
 
 
-def test_an_error_of_bad_arguments_says_which_text(trained):
+def test_an_error_says_which_text_or_argument_is_wrong(trained):
     tokenizer = Tokenizer.from_directory(trained)
     with pytest.raises(ValueError, match=r"text 1: .*lone surrogate, '\\ud800'"):
         tokenizer(["fine", "half a \ud800 character"])
@@ -594,7 +594,7 @@ def test_training_finds_the_most_frequent_pair_each_time():
     assert learn_merges({tuple(to_symbols(word)): n for word, n in counts.items()}, 25) == expected
 
 
-def test_training_is_deterministic_and_laid_out_like_openai():
+def test_training_gives_a_deterministic_vocabulary_laid_out_like_openais():
     some = texts(300, seed=11)
     first, second = Tokenizer.train(some, 900), Tokenizer.train(some[::-1], 900)
     assert first.vocab == second.vocab and first.merges == second.merges
@@ -806,7 +806,7 @@ def test_a_context_length_outside_2_to_100000_is_read_as_77(copy, length, read):
     assert Tokenizer.from_directory(copy).context_length == read
 
 
-def test_the_context_length_of_open_clip_comes_first(copy):
+def test_the_context_length_in_open_clips_config_takes_precedence(copy):
     text = {"context_length": 64, "vocab_size": 1500}
     write(copy / "open_clip_config.json", {"model_cfg": {"text_cfg": text}})
     assert Tokenizer.from_directory(copy).context_length == 64
@@ -917,7 +917,7 @@ def no_ends_of_words(folder: Path) -> None:
         ),
     ],
 )
-def test_damaged_files_are_named(apply, message, copy):
+def test_an_error_names_the_damaged_file(apply, message, copy):
     (copy / "special_tokens_map.json").unlink()
     (copy / "tokenizer_config.json").unlink()
     apply(copy)
@@ -935,7 +935,7 @@ def test_damaged_files_are_named(apply, message, copy):
         {"model": {"vocab": [], "merges": []}},
     ],
 )
-def test_damaged_tokenizer_json_is_named(content, tmp_path):
+def test_an_error_names_a_damaged_tokenizer_json(content, tmp_path):
     write(tmp_path / "tokenizer.json", content)
     with pytest.raises(CheckpointError, match="tokenizer.json"):
         Tokenizer.from_directory(tmp_path)
@@ -946,7 +946,7 @@ def test_damaged_tokenizer_json_is_named(content, tmp_path):
     [b"no gzip", gzip.compress(b"#\na b\n")[:-9], gzip.compress(b"\xff")],
     ids=["no gzip", "cut short", "not UTF-8"],
 )
-def test_damaged_openai_vocabulary_is_named(content, tmp_path):
+def test_an_error_names_a_damaged_openai_vocabulary(content, tmp_path):
     (tmp_path / OPENAI_VOCABULARY).write_bytes(content)
     with pytest.raises(CheckpointError, match=OPENAI_VOCABULARY):
         Tokenizer.from_directory(tmp_path)

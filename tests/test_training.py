@@ -230,7 +230,7 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     assert torch.equal(model.vision.embed_tokens(pixels), whole)
 
 
-def test_augmentation_mirrors_zooms_and_moves_and_does_nothing_else():
+def test_augmentation_only_mirrors_and_zooms_and_moves_images():
     torch.manual_seed(0)
     across = torch.arange(0, 256, 8, dtype=torch.uint8)  # (32,)
     ramps = torch.stack([across.expand(32, 32), across[:, None].expand(32, 32)])
@@ -406,7 +406,7 @@ def test_captions_with_the_same_tokens_have_one_label(tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # Excel writes a byte order mark first
-def test_metadata_may_have_folders_and_letters_of_any_script(start, tmp_path):
+def test_metadata_may_name_files_in_folders_and_use_letters_of_any_script(start, tmp_path):
     (tmp_path / "deep").mkdir()
     bars("level", np.random.default_rng(0)).save(tmp_path / "deep" / "é.png")
     rows = 'file_name,text\r\ndeep/é.png,"Käse, quergestreift"\r\nabsent.png,猫\r\n'
@@ -486,7 +486,7 @@ def test_each_seed_mixes_shards_and_their_samples_in_another_order(tmp_path, mon
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_a_caption_that_is_not_utf8_is_left_out_and_reported(kind, tmp_path):
-    """Decoded with U+FFFD, it would be another caption."""
+    """Decoding it with U+FFFD would give another caption."""
     texts = ["a café table".encode("cp1252"), "a café table".encode()]
     members = {f"{i}.txt": text for i, text in enumerate(texts)}
     members |= {f"{i}.png": as_bytes(Image.new("RGB", (8, 8))) for i in range(2)}
@@ -510,7 +510,7 @@ def test_images_with_captions_may_have_any_ending_that_pillow_reads(kind, tmp_pa
         picture = as_bytes(Image.new("RGB", (8, 8), "red"), format)
         members |= {f"{i}.{ending}": picture, f"{i}.txt": f"caption {i}".encode()}
     if kind == "tar":
-        members["2.seg.png"] = members["2.JPEG"] = b""  # not the image of its sample
+        members["2.seg.png"] = members["2.JPEG"] = b""  # not the image of sample 2
         tar_of(tmp_path / "x.tar", dict(sorted(members.items())))
     for file, content in members.items() if kind == "folder" else ():
         (tmp_path / file).write_bytes(content)
@@ -622,7 +622,7 @@ def test_a_run_writes_its_recipe_and_losses(undisturbed):
     assert not (out / "training.pt").exists()
 
 
-def test_the_seed_and_the_data_decide_a_new_model(stripes):
+def test_the_seed_and_the_data_determine_a_new_model(stripes):
     source = open_data(stripes, ImageTransform(SIZE))
     (model, tokenizer), (again, _), (other, _) = (
         from_scratch(SHAPE, source, seed) for seed in (0, 0, 1)
@@ -866,7 +866,7 @@ def test_a_damaged_state_is_an_error(stripes, tmp_path, monkeypatch):
         run(stripes, tmp_path)
 
 
-def test_an_error_of_a_full_disk_says_so(stripes, tmp_path, monkeypatch):
+def test_an_error_says_that_the_disk_is_full(stripes, tmp_path, monkeypatch):
     def full(state, file):
         file.write(b"a" * 100)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

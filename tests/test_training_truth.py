@@ -106,7 +106,7 @@ def test_an_image_with_one_caption_lists_no_others(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", [["a picture", 3], {"a": "picture"}, 0, ["a picture", ["b"]]])
-def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
+def test_a_caption_that_is_not_a_string_or_a_list_of_strings_is_an_error(text, tmp_path):
     row = {"file_name": "0.png", "text": text}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"row 1: expected text in file_name and text"):
@@ -114,7 +114,7 @@ def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
-def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path):
+def test_captions_of_an_image_in_several_table_rows_are_all_true_of_it(kind, tmp_path):
     """For example, COCO has several rows for each image."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
     rows.append(("./3.png", "view 0 of 0"))  # also a caption of the first image
@@ -137,7 +137,7 @@ def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path)
         assert is_true[i].tolist() == [(pixel, text) in known for text in batch.captions]
 
 
-def test_half_of_a_surrogate_pair_is_named_with_its_row(tmp_path):
+def test_half_of_a_surrogate_pair_is_reported_with_its_row(tmp_path):
     rows = '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "a \\ud83d"}\n'
     (tmp_path / "metadata.jsonl").write_text(rows)
     with pytest.raises(ValueError, match=r"metadata.jsonl, row 2: 'a \\ud83d' has half of a"):
@@ -178,7 +178,7 @@ def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
         ('b.png,"a dog', "row 2 cannot be read: .* write each quote twice"),
     ],
 )
-def test_a_caption_that_is_not_quoted_as_csv_asks_is_an_error(row, reason, tmp_path):
+def test_a_caption_that_is_not_quoted_as_csv_requires_is_an_error(row, reason, tmp_path):
     """Python's csv module would cut the caption, or join it with all rows below."""
     (tmp_path / "x.csv").write_text(f"file_name,text\na.png,a cat,\n{row}\nc.png,a cow\n")
     with pytest.raises(ValueError, match=f"x.csv.* {reason}"):
@@ -256,7 +256,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_continues_its_average_to_the_same_bits(captioned, tmp_path, monkeypatch):
+def test_a_continued_run_gives_the_same_average_bit_for_bit(captioned, tmp_path, monkeypatch):
     undisturbed = averaged_run(captioned, tmp_path / "undisturbed")
     monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
     note = run_module.Run.log_step
@@ -308,7 +308,7 @@ def test_muon_steps_each_matrix_independently():
 # bfloat16 on a CPU
 
 
-def test_under_bfloat16_embeddings_are_normalised_in_float32(captioned, tmp_path, monkeypatch):
+def test_embeddings_are_normalised_in_float32_under_bfloat16(captioned, tmp_path, monkeypatch):
     lengths = []
 
     def note(image, text, *args):

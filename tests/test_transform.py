@@ -206,7 +206,7 @@ def test_the_references_agree_unless_the_margin_is_3_modulo_4(mode):
         assert torch.equal(*ours) == (margin % 4 != 3)
 
 
-def test_each_byte_scales_to_the_float_of_both_references():
+def test_each_byte_becomes_the_same_float_as_in_both_references():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
     ours = steps.scale_and_normalize(ramp, OPENAI_MEAN, OPENAI_STD)
     mean, std = (np.array(values, np.float32)[:, None] for values in (OPENAI_MEAN, OPENAI_STD))
@@ -382,7 +382,7 @@ UPRIGHT = {  # {orientation (EXIF 2.32, tag 274): function that turns the stored
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_open_image_turns_upright(orientation, suffix, tmp_path):
+def test_open_image_turns_images_upright(orientation, suffix, tmp_path):
     image = noise("RGB", 13, 7)
     exif = Image.Exif()
     exif[274] = orientation
@@ -533,7 +533,7 @@ def test_an_image_without_pixels_is_an_image_error(mode, size):
             ImageTransform(reference=reference)(Image.new(mode, size))
 
 
-def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_path):
+def test_damage_that_pillow_notices_only_when_it_loads_pixels_is_an_image_error(tmp_path):
     (tmp_path / "short.png").write_bytes(encoded("png")[:-300])
     for reference in REFERENCES:
         with Image.open(tmp_path / "short.png") as image:
@@ -545,7 +545,7 @@ def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_pat
         ImageTransform()(image)
 
 
-def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
+def test_the_transform_uses_the_size_after_pillow_has_loaded_the_image(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
         # Pillow will read the image at half the size. Before that, `size` is the full size.
@@ -668,7 +668,7 @@ def test_the_layout_of_an_array_is_never_guessed(shape):
         (torch.zeros((), dtype=torch.uint8), r"found \(\)"),
     ],
 )
-def test_other_arrays_are_an_error_with_the_reason(picture, reason):
+def test_the_error_for_other_arrays_gives_the_reason(picture, reason):
     with pytest.raises(ImageError, match=reason):
         ImageTransform()(picture)
     with pytest.raises(ImageError, match="image 1 of 2: .*" + reason):
@@ -711,7 +711,7 @@ def test_bytes_and_an_open_file_give_the_pixels_of_the_file(tmp_path):
         ImageTransform(32)(data[:30])
 
 
-def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path, two_threads):
+def test_an_image_that_is_not_read_yet_may_be_twice_in_a_list(tmp_path, two_threads):
     image = noise("RGB", 700, 500)
     image.save(tmp_path / "image.png")
     expected = transformers_pixels(image, 32)
@@ -748,7 +748,7 @@ def test_an_empty_list_gives_an_empty_batch():
     assert ImageTransform(32)([]).shape == (0, 3, 32, 32)
 
 
-def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
+def test_an_error_in_a_list_names_the_first_image_that_failed(tmp_path):
     good = Image.new("RGB", (64, 64))
     (tmp_path / "bad.png").write_text("bad")
     pictures = [good, good, tmp_path / "bad.png", good, tmp_path / "absent.png"]
@@ -841,7 +841,7 @@ CUSTOM = ImageTransform(
 )
 
 
-def test_saved_settings_are_read_here_and_by_transformers(tmp_path):
+def test_saved_settings_are_read_by_miniclip_and_by_transformers(tmp_path):
     CUSTOM.save_pretrained(tmp_path / "new" / "folder")
     assert os.listdir(tmp_path / "new" / "folder") == ["preprocessor_config.json"]
     assert ImageTransform.from_pretrained(tmp_path / "new" / "folder") == CUSTOM
@@ -875,7 +875,7 @@ def test_settings_that_transformers_saves_are_read(tmp_path):
     assert ImageTransform.from_pretrained(tmp_path / "processor") == CUSTOM
 
 
-def test_if_two_files_exist_the_one_that_transformers_reads_is_read(tmp_path):
+def test_if_two_files_exist_miniclip_reads_the_same_file_as_transformers(tmp_path):
     save_clip_processor(tmp_path)
     write(tmp_path, OLD_FORM)
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
@@ -947,7 +947,7 @@ def test_a_setting_that_cannot_be_followed_is_named(field, value, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_number_as_size_must_be_the_short_side(tmp_path):
+def test_a_size_that_is_a_number_must_mean_the_short_side(tmp_path):
     """transformers reads `default_to_square` only if `size` is a number."""
     settings = {"default_to_square": True}
     assert ImageTransform.from_pretrained(write(tmp_path, NEW_FORM | settings)).size == 336
@@ -996,7 +996,7 @@ def test_a_directory_without_the_file_is_a_checkpoint_error(tmp_path):
         ({"reference": None}, "reference"),
     ],
 )
-def test_the_constructor_names_what_is_wrong(arguments, name):
+def test_the_constructor_names_the_wrong_argument(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} is "):
         ImageTransform(**arguments)
 
@@ -1015,7 +1015,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert mode == 0o666 & ~mask
 
 
-def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
+def test_saving_to_a_path_that_is_a_file_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file: cannot save"):
         ImageTransform().save_pretrained(tmp_path / "file")
@@ -1041,7 +1041,7 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
         ("a.dng", encoded("tiff"), "rawpy"),  # Pillow would read only the thumbnail
     ],
 )
-def test_a_format_that_pillow_does_not_read_names_the_package_that_does(
+def test_an_error_for_a_format_unknown_to_pillow_names_the_package_that_reads_it(
     name, data, package, tmp_path
 ):
     if package not in pictures.missing_packages().values():
@@ -1101,7 +1101,7 @@ def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
 # Bytes and floats
 
 
-def test_the_bytes_of_a_file_may_come_in_any_container(tmp_path):
+def test_a_file_may_be_given_as_bytes_or_a_buffer_or_an_open_file(tmp_path):
     data = encoded("png")
     (tmp_path / "a.png").write_bytes(data)
     transform = ImageTransform(8)
@@ -1113,7 +1113,7 @@ def test_the_bytes_of_a_file_may_come_in_any_container(tmp_path):
 
 
 @pytest.mark.parametrize("most, refused", [(1.0, True), (0.02, True), (np.nan, True), (255, False)])
-def test_floats_from_0_to_1_are_an_error_with_the_reason(most, refused, tmp_path):
+def test_floats_from_0_to_1_are_an_error_that_gives_the_reason(most, refused, tmp_path):
     values = np.linspace(0, most, 80, dtype=np.float32).reshape(8, 10)
     image = Image.fromarray(values)
     image.save(tmp_path / "a.tiff")
@@ -1169,7 +1169,7 @@ def test_the_twin_has_gradients():
     torch.testing.assert_close(found, transform_tensor(transform, image))
 
 
-def test_the_twin_squashes_where_the_transform_does():
+def test_the_twin_squashes_if_the_transform_does():
     exact = ImageTransform(20, squash=True)
     picture = Image.linear_gradient("L").rotate(90).resize((50, 31)).convert("RGB")
     floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
@@ -1188,6 +1188,6 @@ def test_the_twin_squashes_where_the_transform_does():
         (torch.zeros(3, 0, 8), "no pixels"),
     ],
 )
-def test_tensors_that_are_not_images_are_an_error_of_the_twin(images, words):
+def test_the_twin_raises_an_error_for_tensors_that_are_not_images(images, words):
     with pytest.raises(ImageError, match=words):
         transform_tensor(ImageTransform(8), images)

@@ -51,7 +51,7 @@ def test_versions_are_read_from_the_modules(monkeypatch):
     assert parity.measured_with().startswith(expected)
 
 
-def test_a_module_without_a_version_gets_it_from_pip(monkeypatch):
+def test_pip_gives_the_version_if_a_module_does_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
     monkeypatch.setattr("miniclip.peers.version", {"openai-clip": "1.0.1"}.__getitem__)
     assert versions()["openai-clip"] == "1.0.1"

@@ -128,7 +128,7 @@ def test_bytes_are_not_pixels(model, tokenizer):
         ZeroShotClassifier(model, tokenizer, LABELS)(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
 
 
-def test_one_label_may_be_a_string_and_several_any_iterable(model, tokenizer):
+def test_labels_may_be_one_string_or_any_iterable_of_strings(model, tokenizer):
     assert ZeroShotClassifier(model, tokenizer, "cat").labels == ["cat"]
     expected = class_embeddings(model, tokenizer, ["cat", "cup"], ["a {}."])
     for labels in (("cat", "cup"), iter(["cat", "cup"]), np.array(["cat", "cup"])):
@@ -153,7 +153,7 @@ def test_class_weights_can_start_a_linear_probe(model, tokenizer):
     assert probe.weight.grad.abs().sum() > 0
 
 
-def test_the_gradient_of_a_class_is_that_of_its_prompt(model, tokenizer):
+def test_the_gradient_of_a_class_equals_the_gradient_of_its_prompt(model, tokenizer):
     pixels = random_inputs(TINY)[0].requires_grad_()
     classifier = ZeroShotClassifier(model, tokenizer, LABELS)
     (found,) = torch.autograd.grad(classifier(pixels)[:, 1].sum(), pixels)
@@ -268,7 +268,7 @@ def test_published_names_are_matched_with_folders(folders, labels):
         published_labels("food101", ["apple pie", "cat"])
 
 
-def test_a_class_of_several_names_is_the_mean_over_all_its_prompts(model, tokenizer):
+def test_a_class_of_several_names_is_embedded_as_the_mean_over_all_its_prompts(model, tokenizer):
     (found,) = class_embeddings(model, tokenizer, ["cat | small dog"], TEMPLATES)
     prompts = [t.replace("{}", name) for name in ("cat", "small dog") for t in TEMPLATES]
     expected = model.encode_text(tokenizer(prompts), normalize=True).detach().sum(0)
@@ -411,7 +411,7 @@ def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size
     assert result.mistakes() == [(1, 2, 3), (0, 1, 1), (2, 0, 1)]
 
 
-def test_the_mean_of_the_classes_and_the_standard_error_follow_their_formulas(tmp_path):
+def test_the_mean_per_class_and_the_standard_error_follow_their_formulas(tmp_path):
     result = evaluate(planted(torch.eye(4)), GREY, save_planted(tmp_path, CONFUSION))
     assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # class 3 has no images
     right = np.array([1, 1, 0, 0, 0, 0, 1, 0])
@@ -445,7 +445,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
 def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # in answer `row`, `row` classes are above the right class
+    for row in range(7):  # `answers[row]` puts `row` classes above the right class
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)
@@ -490,7 +490,7 @@ def test_unreadable_files_are_skipped_and_named(tmp_path):
         assert str(tmp_path / "class_1" / f"{name}.png") in reason
 
 
-def test_only_unreadable_files_are_an_error(tmp_path, model, tokenizer):
+def test_a_list_of_only_unreadable_files_is_an_error(tmp_path, model, tokenizer):
     (tmp_path / "a.txt").write_text("no image")
     with pytest.raises(ValueError, match="none of the 1 files can be read.*a.txt"):
         picture_features(Loaded(model, tokenizer, GREY), [str(tmp_path / "a.txt")])

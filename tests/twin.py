@@ -1,7 +1,7 @@
 """Make twins and forks.
 
-Twins are a miniclip CLIP and a transformers CLIPModel with the same random weights. A fork is a
-copy of one of miniclip's files with changed lines.
+Twins are a miniclip CLIP and a transformers CLIPModel with the same random weights. A fork is an
+edited copy of one of miniclip's files.
 """
 
 import copy

@@ -538,7 +538,7 @@ SLIPS = [
         "A class without images counts as 0 in the mean over the classes.",
         "return self.class_accuracy.nanmean().item()",
         "return self.class_accuracy.nan_to_num().mean().item()",
-        f"{ZEROSHOT} -k mean_of_the_classes",
+        f"{ZEROSHOT} -k mean_per_class",
     ),
     Slip(
         "A bin of confidences includes its lower edge, not its upper edge.",
@@ -737,13 +737,13 @@ SLIPS = [
         "A single label is split into letters.",
         "    if isinstance(texts, str):\n        return [texts]\n",
         "",
-        f"{ZEROSHOT} -k one_label",
+        f"{ZEROSHOT} -k labels_may_be",
     ),
     Slip(
         "If an image has captions in several rows, only the last row counts.",
         "(*lists[path], *captions) if path in lists else tuple(captions)",
         "tuple(captions)",
-        "tests/test_training_truth.py -k several_rows",
+        "tests/test_training_truth.py -k several_table_rows",
     ),
     Slip(
         "A build continues from parts that another model embedded.",
@@ -979,7 +979,7 @@ SLIPS = [
         "One of the HEIC file types is not recognised.",
         'b"ftypmif1", b"ftyphevc")',
         'b"ftypmif1")',
-        f"{TRANSFORM} -k pillow_does_not_read",
+        f"{TRANSFORM} -k unknown_to_pillow",
     ),
     Slip(
         "A progress bar appears at once, not after two seconds.",

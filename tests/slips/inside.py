@@ -1216,31 +1216,31 @@ SURGERY = [
         "transformers' resampling is bilinear.",
         '"transformers": lambda x, grid: F.interpolate(x, grid, mode="bicubic"),',
         '"transformers": lambda x, grid: F.interpolate(x, grid, mode="bilinear"),',
-        "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
+        "tests/test_surgery_shapes.py -k 'resizing_equals or as_in_timm'",
     ),
     Slip(
         "timm's resampling is not antialiased.",
         'return F.interpolate(x, grid, mode="bicubic", antialias=True)',
         'return F.interpolate(x, grid, mode="bicubic")',
-        "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
+        "tests/test_surgery_shapes.py -k 'resizing_equals or as_in_timm'",
     ),
     Slip(
         "OpenAI's resampling is bicubic.",
         '"openai-bilinear": lambda x, grid: F.interpolate(x, grid, mode="bilinear"),',
         '"openai-bilinear": lambda x, grid: F.interpolate(x, grid, mode="bicubic"),',
-        "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
+        "tests/test_surgery_shapes.py -k 'resizing_equals or as_in_timm'",
     ),
     Slip(
         "DINO's resampling adds 0.5 to the grid size, not 0.1.",
         "scale_factor=[(n + 0.1) / old",
         "scale_factor=[(n + 0.5) / old",
-        "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
+        "tests/test_surgery_shapes.py -k 'resizing_equals or as_in_timm'",
     ),
     Slip(
         "The default resampling is timm's.",
         'size: int | tuple[int, int], method: str = "transformers") -> CLIP:',
         'size: int | tuple[int, int], method: str = "timm") -> CLIP:',
-        "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
+        "tests/test_surgery_shapes.py -k 'resizing_equals or as_in_timm'",
     ),
     Slip(
         "Half-precision position embeddings are resampled in half precision.",
@@ -1270,7 +1270,7 @@ SURGERY = [
         "The linear stretch keeps 20 positions; only Long-CLIP's should.",
         'keep = (20 if method == "longclip" else 0) if keep is None else keep',
         "keep = 20 if keep is None else keep",
-        "tests/test_surgery_shapes.py -k 'published_formulas or equal_open_clips'",
+        "tests/test_surgery_shapes.py -k 'published_formulas or stretched'",
     ),
     Slip(
         "`keep` may be the whole context.",
@@ -1355,7 +1355,7 @@ SURGERY = [
         "LoRA matrices that are not merged are averaged one by one.",
         "        check_described(model)\n    found",
         "        pass\n    found",
-        "tests/test_surgery_weights.py -k config_says",
+        "tests/test_surgery_weights.py -k configs_do_not_describe",
     ),
     Slip(
         "Models with different activations are averaged.",
@@ -1373,7 +1373,7 @@ SURGERY = [
         "resize_image copies the weights that do not change.",
         'copied(model, shares_weights=True), "vision", image_size=size)',
         'copied(model), "vision", image_size=size)',
-        "tests/test_surgery_shapes.py -k shares_what",
+        "tests/test_surgery_shapes.py -k shares_unchanged",
     ),
     Slip(
         "Overlapping patches are accepted.",
@@ -1428,7 +1428,7 @@ SURGERY = [
             f"In dense features, {what}",
             old,
             new,
-            "tests/test_surgery_runs.py -k 'preset or dense or another_model'",
+            "tests/test_surgery_runs.py -k 'preset or dense or other_model'",
         )
         for what, old, new in (
             ("NACLIP's Gaussian is narrower.", "std: float = 5.0", "std: float = 4.0"),
@@ -1531,19 +1531,19 @@ TOKENIZER = [
         "A `pad_to` of 1 is accepted.",
         "if pad_to is not None and pad_to < 2:",
         "if pad_to is not None and pad_to < 1:",
-        "tests/test_tokenizer.py -k 'bad_arguments'",
+        "tests/test_tokenizer.py -k says_which_text",
     ),
     Slip(
         "A context length of 1 is accepted.",
         "length < 2:\n        least",
         "length < 1:\n        least",
-        "tests/test_tokenizer.py -k bad_arguments",
+        "tests/test_tokenizer.py -k says_which_text",
     ),
     Slip(
         "A context length of 77.0 is accepted.",
         "if type(length) is not int or length < 2:\n        least",
         "if length < 2:\n        least",
-        "tests/test_tokenizer.py -k bad_arguments",
+        "tests/test_tokenizer.py -k says_which_text",
     ),
     Slip(
         "OpenAI's tokenizer pads with the end token.",
