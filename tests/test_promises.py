@@ -129,7 +129,7 @@ come from one commit
     hub: a_branch_may_get_a_new_commit_during_a_load_or_a_conversion
     hub: cached_features_are_stored_with_the_commit_of_their_model
 or from one save
-    saving: a_load_during_a_save_has_one_version
+    saving: a_load_during_a_save_reads_the_files_of_one_save
 The next save removes
     saving: files_of_killed_processes_are_removed_and_others_are_kept
 never publishes them

@@ -161,7 +161,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
-def test_links_in_a_tar_are_named(tmp_path):
+def test_links_in_a_tar_are_reported(tmp_path):
     (tmp_path / "0.bmp").write_bytes(encoded(blots(0), "bmp"))
     (tmp_path / "hard.bmp").hardlink_to(tmp_path / "0.bmp")
     (tmp_path / "soft.bmp").symlink_to("0.bmp")
@@ -244,7 +244,7 @@ def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie
     ],
     ids=lambda change: str(change)[:40],
 )
-def test_a_false_index_is_an_error_of_one_line(tmp_path, change):
+def test_an_invalid_index_gives_a_one_line_error(tmp_path, change):
     index = Index(torch.eye(3), Strings.pack("abc"), ENCODER)
     index.save(tmp_path / "i")
     with safe_open(tmp_path / "i", framework="pt") as file:
@@ -299,7 +299,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    """Otherwise its images are missing from an evaluation, and an update drops them."""
+    """Otherwise an evaluation would miss its images, and an update of an index would drop them."""
     for name in ("cat/a.png", "dog/a.png", "dog/deep/b.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         blots(0).save(tmp_path / name)
@@ -356,7 +356,7 @@ def test_links_are_followed_once_and_a_broken_link_is_unreadable(tmp_path):
         open_picture(expected[0])
 
 
-def test_images_before_the_damage_can_be_opened_again(tmp_path):
+def test_images_before_the_damaged_place_in_a_tar_can_be_opened(tmp_path):
     make_tar(tmp_path / "x.tar", {f"{i}.bmp": encoded(blots(i), "bmp") for i in range(4)})
     whole = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[: 2 * (512 + 6656) + 600])
@@ -366,7 +366,7 @@ def test_images_before_the_damage_can_be_opened_again(tmp_path):
         open_picture(f"{tmp_path}/x.tar/3.bmp")
 
 
-def test_the_later_of_two_images_with_one_name_in_a_tar_counts(tmp_path):
+def test_the_later_image_is_read_if_two_in_a_tar_have_the_same_name(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(2):
             data = encoded(blots(i))
@@ -382,7 +382,7 @@ def test_the_later_of_two_images_with_one_name_in_a_tar_counts(tmp_path):
 # Embeddings
 
 
-def test_embeddings_equal_the_models(loaded, photographs):
+def test_an_index_has_the_same_embeddings_as_encode_image(loaded, photographs):
     pictures, _ = find_pictures([photographs])
     index = embed_images(loaded, pictures, batch=4)
     assert list(index.paths) == list(map(str, pictures)) and list(index.skipped) == []
@@ -487,7 +487,7 @@ def test_an_index_is_float32_whatever_the_default_dtype(loaded, photographs, tmp
 
 
 def test_a_full_disk_is_an_error(loaded, photographs, tmp_path, monkeypatch):
-    """Without the space, writing to a mapped file ends Python with a bus error."""
+    """A write to a mapped file on a full disk would end Python with a bus error."""
 
     def fail(file, start, size):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -539,7 +539,7 @@ def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 
 
-def test_an_index_that_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+def test_an_index_is_read_again_if_a_save_replaces_it_during_the_read(tmp_path, monkeypatch):
     """safetensors opens a file twice, first for its header and then for its numbers. Here, a new
     index is saved after the first opening."""
     new = replace(index_of(torch.eye(3).flip(0)), encoder=ENCODER._replace(model="another"))
@@ -651,7 +651,7 @@ def test_equal_scores_keep_the_order_of_the_index(monkeypatch):
     assert len({hit.score for hit in hits[:200]}) == 1
 
 
-def test_a_query_of_any_length_finds_the_same_rows(monkeypatch):
+def test_a_query_vector_of_any_length_finds_the_same_rows(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = [hit.row for hit in index_of(rows).search(query, 10)]
@@ -670,7 +670,7 @@ def test_a_query_of_another_shape_is_an_error(query, k):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_search_takes_the_memory_of_a_block(tmp_path):
+def test_a_search_needs_only_the_memory_of_one_block(tmp_path):
     index_of(unit_rows(200_000, 128)).save(tmp_path / "i")  # 102 MB
     script = f"""
 import re, torch
@@ -722,7 +722,7 @@ def test_the_fingerprint_depends_on_every_weight(loaded):
     assert fingerprint(model.half()) != fingerprint(model.bfloat16())
 
 
-def test_the_fingerprint_depends_on_what_uses_the_weights(loaded):
+def test_the_fingerprint_depends_on_the_settings_and_not_only_on_the_weights(loaded):
     vision = loaded.model.config.vision
     models = [
         CLIP(replace(loaded.model.config, vision=replace(vision, **change)))
@@ -737,7 +737,7 @@ def test_the_fingerprint_depends_on_what_uses_the_weights(loaded):
     assert fingerprint(models[0]) not in (first, *others)
 
 
-def test_another_model_is_an_error_that_names_both(loaded):
+def test_another_model_is_an_error_that_names_both_models(loaded):
     index = index_of(torch.eye(3), encoder=describe(loaded, "the first"))
     index.check(loaded)
     other = twins(loaded.model.config, seed=1)[0]
@@ -840,7 +840,7 @@ def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
             assert np.abs(np.subtract(shown, middle.getpixel((0, 0)))).max() < 12
 
 
-def test_a_long_name_keeps_its_end_and_a_long_title_its_beginning(loaded, tmp_path, monkeypatch):
+def test_long_names_keep_their_end_and_long_titles_keep_their_start(loaded, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: written.append(args[2]))
     monkeypatch.chdir(tmp_path)
@@ -959,7 +959,7 @@ def test_parts_of_another_build_are_made_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("changed", ["weights", "dtype", "transform", "reference"])
-def test_what_another_model_made_is_replaced_only_by_force(
+def test_an_index_of_another_model_is_replaced_only_with_force(
     build, interrupt, loaded, tmp_path, changed, whole
 ):
     """Without `force`, a finished index or the parts of an unfinished index stay as they are."""
@@ -1073,7 +1073,7 @@ def test_force_embeds_everything_again(build, interrupt, tmp_path, embedded):
         assert (tmp_path / "i").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
+def test_a_killed_update_leaves_the_old_index_and_can_be_continued(
     build, interrupt, photographs, tmp_path, embedded
 ):
     build(tmp_path / "i")
@@ -1259,7 +1259,7 @@ def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkey
     assert status == 0 and "not in the picture" in err and "z.png" in err
 
 
-def test_search_by_another_model_names_both(run, indexed):
+def test_a_search_by_another_model_is_an_error_that_names_both_models(run, indexed):
     status, out, err = run("search", indexed, "a cat", "--model", "shapes")
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
     assert "by everyday" in err and "not by shapes" in err
@@ -1286,7 +1286,7 @@ def test_search_by_another_model_names_both(run, indexed):
         (["embed", "--out", "i"], ["PATH"]),
     ],
 )
-def test_wrong_arguments_are_an_error_of_one_line(run, indexed, tmp_path, monkeypatch, argv, words):
+def test_wrong_arguments_give_a_one_line_error(run, indexed, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     real = {"INDEX": indexed, "PHOTO": indexed.with_name("z.png")}
     status, out, err = run(*(real.get(word, word) for word in argv))

@@ -221,7 +221,7 @@ def test_a_context_length_that_open_clip_cannot_store_is_an_error(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path / "t").context_length == 11
 
 
-def test_the_files_of_a_tokenizer_in_another_form_are_removed(saved):
+def test_old_tokenizer_files_in_another_format_are_removed(saved):
     (saved / "tokenizer.json").write_text("of another")
     (saved / "added_tokens.json").write_text("of another")
     miniclip.save(saved, *new())
@@ -299,7 +299,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
 
 
 def savers():
-    """The four functions that save to a directory, given by its name."""
+    """Return the four functions that save to a directory. Each takes the directory's name."""
     return [lambda name: miniclip.save(name, *old()), *(part.save_pretrained for part in old())]
 
 
@@ -338,7 +338,7 @@ def test_a_save_that_raises_an_error_leaves_no_folder(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", ["transformers", "openai", "open_clip"])
-def test_tied_parameters_are_named_before_anything_is_written(tmp_path, layout):
+def test_tied_parameters_are_reported_before_anything_is_written(tmp_path, layout):
     wide = {"width": 64, "heads": 1, "ln_eps": 1e-5}
     text = replace(TEXT, **wide, mlp_width=256, eos_token_id=2, layers=2)
     vision = replace(VISION, **wide, mlp_width=256)
@@ -367,7 +367,7 @@ def test_no_file_is_replaced_before_all_files_are_written(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
+def test_a_file_is_on_the_disk_before_it_gets_its_final_name(saved, monkeypatch):
     """A power cut right after the save must not leave an empty file."""
     written, synced = os.replace, os.fsync
     numbers = []
@@ -388,7 +388,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("place", [SAVED, Path(SAVED).name])
-def test_a_complete_save_is_finished_by_the_next_load(saved, place):
+def test_the_next_load_finishes_an_interrupted_save(saved, place):
     miniclip.save(saved / place, *new())  # as if a save was killed before its last step
     (saved / "tokenizer.json").write_text("of another")
     (saved / place / "tokenizer.json").touch()
@@ -397,7 +397,7 @@ def test_a_complete_save_is_finished_by_the_next_load(saved, place):
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
-def test_a_complete_save_is_finished_for_each_part_and_file(saved, name):
+def test_loading_any_part_or_file_finishes_an_interrupted_save(saved, name):
     for part, kind in enumerate([CLIP, Tokenizer, ImageTransform]):
         miniclip.save(saved / SAVED, *old())
         miniclip.save(saved, *new())
@@ -406,7 +406,7 @@ def test_a_complete_save_is_finished_for_each_part_and_file(saved, name):
         assert contents(miniclip.load(saved)) == contents(old()), part
 
 
-def test_a_complete_save_that_cannot_be_finished_is_an_error(saved, monkeypatch):
+def test_an_interrupted_save_that_cannot_be_finished_is_an_error(saved, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -418,7 +418,7 @@ def test_a_complete_save_that_cannot_be_finished_is_an_error(saved, monkeypatch)
     assert contents(miniclip.load(saved)) == contents(new())
 
 
-def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
+def test_a_link_is_not_mistaken_for_an_interrupted_save(saved, tmp_path):
     miniclip.save(tmp_path / "elsewhere", *new())
     (saved / SAVED).parent.mkdir(parents=True)
     (saved / SAVED).symlink_to(tmp_path / "elsewhere")
@@ -426,7 +426,7 @@ def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
     assert contents(miniclip.load(tmp_path / "elsewhere")) == contents(new())
 
 
-def test_a_dead_link_in_a_complete_save_does_not_keep_it_unfinished(saved):
+def test_an_interrupted_save_with_a_dead_link_is_finished(saved):
     (saved / SAVED).mkdir(parents=True)
     (saved / SAVED / "notes").symlink_to("nowhere")
     assert contents(miniclip.load(saved)) == contents(old())
@@ -451,7 +451,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 @pytest.mark.parametrize("cache", ["folder", "mount", "link", "link to no folder"])
 def test_a_save_keeps_other_folders_wherever_the_cache_is(saved, tmp_path, monkeypatch, cache):
-    """`.cache` may be on another disk, where a rename fails, or a link to a disk that is gone."""
+    """`.cache` may be on another disk, where a rename fails, or it may link to a missing disk."""
     if "link" in cache:
         (saved / ".cache").symlink_to(tmp_path / "disk")
     if cache != "link to no folder":
@@ -486,7 +486,7 @@ def test_each_save_writes_to_a_file_of_its_own(tmp_path):
     assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
 
 
-def test_a_device_is_not_replaced(tmp_path):
+def test_a_pipe_or_a_device_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(OSError, match="not a regular file"), writing.replacing(path):
@@ -495,7 +495,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
-def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
+def test_a_load_during_a_save_reads_the_files_of_one_save(saved, monkeypatch, read):
     """In round n, another checkpoint is saved right after the load has opened n files."""
     parts = [old(), new()]
     saves = [0]
@@ -535,7 +535,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
     [("train_log.txt", 1), ("metrics.json", 1), ("merges.txt", 2), ("my.pt", 2)]
     + [("model-00001-of-00002.safetensors", 2), ("added_tokens.json", 2), ("other.pt", 1)],
 )
-def test_a_read_is_repeated_only_for_files_that_it_reads(tmp_path, written, times):
+def test_a_read_is_repeated_only_if_a_file_that_it_may_read_has_changed(tmp_path, written, times):
     """Another program may write a log to the folder of a checkpoint all the time."""
     reads = []
 

@@ -453,7 +453,7 @@ def test_a_photo_of_forty_megapixels_is_turned_upright(page, coffee):
 
 
 @pytest.mark.slow
-def test_two_tabs_do_not_mix(page, server, chromium):
+def test_two_tabs_are_independent(page, server, chromium):
     with chromium.new_page() as other:
         other.set_default_timeout(300_000)
         other.goto(server.url)
@@ -533,7 +533,7 @@ def test_text_and_controls_have_enough_contrast(page, scheme):
 
 
 @pytest.mark.slow
-def test_the_server_tells_the_page_what_it_needs(server):
+def test_the_server_tells_the_page_what_the_page_needs(server):
     status, about = server.post("about", {})
     scene, photograph = about.pop("examples")[::-1]
     assert status == 200 and about == {
@@ -579,7 +579,7 @@ def test_scores_equal_transformers(server, theirs, asked, example):
 
 
 @pytest.mark.slow
-def test_heat_is_of_the_first_sentence_and_by_the_given_method(server, theirs, asked, example):
+def test_the_heat_map_uses_the_first_sentence_and_the_given_method(server, theirs, asked, example):
     text = "a photo of a cat."
     expected = {
         "relevance": theirs["everyday"].relevance(example, text),
@@ -665,7 +665,7 @@ def test_questions_are_answered_one_at_a_time():
     assert answers == [(200, []), (200, [])] and not two.is_set()
 
 
-def test_questions_are_answered_one_at_a_time_after_a_timeout(monkeypatch):
+def test_questions_are_still_answered_one_at_a_time_after_a_timeout(monkeypatch):
     """A timeout cannot stop the thread that computes the answer, so the next question waits."""
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.2)
     inside, most, go = [], [], threading.Event()
@@ -724,7 +724,7 @@ def test_the_usual_formats_are_read(kind):
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "JPEG2000", "PDF"])
-def test_the_error_for_another_format_lists_those_that_are_read(kind):
+def test_the_error_for_another_format_lists_the_formats_that_are_read(kind):
     """Pillow would start Ghostscript to read EPS."""
     with pytest.raises(
         ImageError, match="not an image.* page reads JPEG, PNG, WEBP, GIF, BMP, TIFF$"
@@ -776,7 +776,7 @@ def test_a_search_needs_an_index():
         ({"sec-fetch-site": "same-site"}, 400),
     ],
 )
-def test_a_page_of_another_site_is_not_answered(headers, status):
+def test_a_request_from_another_site_is_not_answered(headers, status):
     asked = []
     app = create_app({}, lambda text: asked.append(text) or [])
     assert ask(app, "search", {"text": "a"}, **headers)[0] == status
@@ -945,7 +945,7 @@ def test_a_port_that_is_taken_is_an_error(capsys):
     assert impossible.startswith("miniclip: error: port is 70000")
 
 
-def test_serve_without_its_extra_names_the_extra(capsys, monkeypatch):
+def test_serve_without_its_extra_says_which_extra_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "miniclip.page.serve")
     assert main(["serve", "--model", "shapes"]) == 2

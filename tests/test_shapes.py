@@ -57,7 +57,7 @@ def test_scenes_are_the_same_on_every_machine():
     assert object == ("green", "square", "large", -12, 44, 48)
 
 
-def test_scenes_have_one_to_three_objects_and_every_kind():
+def test_scenes_have_one_to_three_objects_and_cover_all_objects_and_backgrounds():
     drawn = [scene(i) for i in range(600)]
     assert {len(s.objects) for s in drawn} == {1, 2, 3}
     assert {len(scene(i, count=2).objects) for i in range(20)} == {2}
@@ -199,7 +199,7 @@ def test_captions_are_true_and_false_captions_are_false(scenes):
 
 
 @pytest.mark.slow
-def test_what_a_scene_says_is_among_its_captions(scenes):
+def test_say_something_returns_one_of_the_captions_of_a_scene(scenes):
     for i, s in enumerate(scenes):
         text, negative = say_something(s, Random(i))
         assert negative in dict(captions(s))[text]
@@ -221,7 +221,7 @@ def test_training_never_shows_or_names_held_out_pairs():
         assert HELD_OUT >= {(o.colour, o.shape) for o in scene(i, held_out=True).objects}
 
 
-def test_a_relation_is_named_from_a_distance_of_eight_pixels():
+def test_a_relation_is_named_at_a_distance_of_at_least_eight_pixels():
     one = scene(0, count=1).objects[0]
     for distance, expected in ((7, set()), (8, {"to the left of", "to the right of"})):
         other = one._replace(x=one.x + distance)
@@ -304,7 +304,7 @@ def test_a_tokenizer_learns_every_word_as_one_token(new):
 
 
 @pytest.mark.slow
-def test_a_new_run_has_the_shape_recipe_and_transform_of_its_checkpoint(new):
+def test_a_new_run_has_the_shape_and_recipe_and_transform_of_its_checkpoint(new):
     assert new.transform == ImageTransform.from_pretrained("shapes") != ImageTransform(64)
     assert new.recipe == read_recipe(resolve("shapes", "recipe") / "recipe.json")
     theirs = CLIP.from_pretrained("shapes").config
@@ -373,7 +373,7 @@ def scores_by_chance(scenes):
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
-# The areas of the shapes in a circle of radius 1. Heart and moon were measured once.
+# The areas of the shapes in a circle of radius 1. The areas of heart and moon were measured once.
 STAR = 10 / 2 * 0.42 * math.sin(math.tau / 10)
 CROSS = 4 * (0.94 - 0.32) * 2 * 0.32 + (2 * 0.32) ** 2
 AREAS = {
@@ -414,7 +414,7 @@ def test_the_world_is_the_same_on_every_machine():
     ]
 
 
-def test_a_model_that_knows_nothing_scores_by_chance():
+def test_a_model_that_knows_nothing_scores_at_chance_level():
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(Shapes(100).captions(), 600)
     model = CLIP(small(tokenizer))

@@ -78,7 +78,7 @@ def test_a_hook_that_returns_nothing_changes_no_bit(tiny):
     assert torch.equal(logits(model, inputs), expected)
 
 
-def test_with_sdpa_only_reading_scores_or_pattern_changes_the_rounding():
+def test_sdpa_changes_its_rounding_only_if_scores_or_pattern_are_read():
     model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, inputs)
@@ -267,7 +267,7 @@ def test_an_edit_of_a_step_changes_the_next_step(affine):
     assert torch.equal(model(x), norm(x)) and not norm._forward_hooks
 
 
-def test_gradients_of_the_steps_of_a_layer_norm_are_slopes(tiny):
+def test_gradients_at_the_steps_of_a_layer_norm_equal_finite_differences(tiny):
     model, (pixels, _) = tiny
     model, pixels = model.double().requires_grad_(False), pixels.double()
     names = [f"vision.ln_pre.{part}" for part in PARTS]
@@ -285,7 +285,7 @@ def test_gradients_of_the_steps_of_a_layer_norm_are_slopes(tiny):
 
 
 @torch.no_grad()
-def test_an_input_may_be_passed_by_name_or_beside_another():
+def test_an_input_may_be_passed_by_keyword_or_with_a_second_input():
     class Sum(nn.Module):
         def forward(self, x, y=0):
             return x - y
@@ -315,7 +315,7 @@ def test_a_residual_stream_may_get_more_tokens_at_its_input(tiny):
             model.encode_image(pixels)
 
 
-def test_only_a_layer_norm_has_steps_and_a_child_keeps_its_name(tiny):
+def test_only_a_layer_norm_has_a_scale_and_a_child_may_be_named_input(tiny):
     model, _ = tiny
     with pytest.raises(ValueError, match=r"'vision.blocks.0.mlp.scale'.*nearest.*ln_2.scale"):
         with cache(model, "vision.blocks.0.mlp.scale"):
@@ -541,7 +541,7 @@ def test_the_residual_stream_is_the_sum_of_its_parts(tiny):
             assert not torch.equal(post, pre + mlp)
 
 
-def test_the_sites_of_a_block_follow_from_each_other(tiny):
+def test_the_sites_of_a_block_can_be_computed_from_each_other(tiny):
     model, inputs = tiny
     with torch.no_grad(), cache(model, *IN_BLOCKS) as acts:
         model(*inputs)
@@ -585,7 +585,7 @@ def test_patterns_and_streams_equal_transformers():
             assert torch.equal(acts[block], peers[tower].hidden_states[i + 1])
 
 
-def test_the_sites_of_attention_follow_from_each_other(tiny):
+def test_the_sites_of_attention_can_be_computed_from_each_other(tiny):
     model, (pixels, ids) = tiny
     with torch.no_grad(), cache(model.double(), "*.blocks.*.attn.*") as acts:
         model(pixels.double(), ids)
@@ -622,7 +622,7 @@ def test_cached_tensors_are_copies(tiny):
     assert not acts[name].requires_grad
 
 
-def test_the_device_of_cache_is_only_for_the_copies(tiny):
+def test_the_argument_device_of_cache_moves_only_the_copies(tiny):
     model, inputs = tiny
     with cache(model, "vision.blocks.*", device="meta") as acts:
         model(*inputs)
@@ -630,7 +630,7 @@ def test_the_device_of_cache_is_only_for_the_copies(tiny):
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
-def test_gradients_at_a_site_are_slopes(tiny):
+def test_gradients_at_a_site_equal_finite_differences(tiny):
     model, (pixels, _) = tiny
     model, pixels = model.double().requires_grad_(False), pixels.double()
     name = "vision.blocks.1.attn.pattern"

@@ -469,7 +469,7 @@ def saved_and_loaded(model, folder):
 @pytest.mark.filterwarnings(
     "ignore:.* are left out. only .* belongs to the model"
 )  # a warning comes before the error
-def test_a_fork_is_loaded_bit_for_bit_but_not_by_other_classes(model, tmp_path):
+def test_a_fork_is_loaded_bit_for_bit_and_only_by_its_own_class(model, tmp_path):
     saved_and_loaded(model, tmp_path)
     name = type(model).__name__
     with pytest.raises(CheckpointError, match=name):
@@ -511,7 +511,7 @@ def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_p
         GatedCLIP.from_pretrained(tmp_path / "plain")
 
 
-def test_a_part_of_ones_own_in_a_class_of_miniclip_is_an_error_on_save(tmp_path, monkeypatch):
+def test_saving_clip_with_the_users_own_part_is_an_error(tmp_path, monkeypatch):
     """A new process would load the files with miniclip's parts."""
     own = type("SquareMLP", (MLP,), {"forward": lambda mlp, x: mlp.fc2(mlp.fc1(x) ** 2)})
     monkeypatch.setattr(Block, "mlp_class", own)
@@ -574,7 +574,7 @@ def test_a_buffer_of_whole_numbers_is_saved_and_loaded(tmp_path):
 
 
 class DoubledMLP(nn.Module):
-    """A part with the name that DistributedDataParallel gives to the wrapped model."""
+    """A part whose child has the name that DistributedDataParallel gives to the wrapped model."""
 
     def __init__(self, *sizes):
         super().__init__()
@@ -597,7 +597,7 @@ class DoubledCLIP(CLIP):
 
 
 @torch.no_grad()
-def test_a_forks_own_names_are_no_prefixes_of_wrappers(tmp_path):
+def test_a_forks_own_names_are_not_taken_for_wrapper_prefixes(tmp_path):
     model = redraw(DoubledCLIP(TINY)).double()
     saved_and_loaded(model, tmp_path)
     torch.save(model.state_dict(), tmp_path / "ours.pt")
@@ -629,7 +629,7 @@ class AttributeVision(VisionTower):
 
 
 class NumberVision(VisionTower):
-    """A tower whose constructor reads numbers of a tensor, as for the rates of drop-path."""
+    """A tower whose constructor reads numbers from a tensor, for example the drop-path rates."""
 
     def __init__(self, config, embed_dim):
         super().__init__(config, embed_dim)
@@ -724,7 +724,7 @@ SURGERY = {
 @pytest.mark.parametrize("name", SURGERY)
 @torch.no_grad()
 @pytest.mark.slow
-def test_surgery_on_a_fork_gives_the_fork_that_its_config_describes(name, model, tmp_path):
+def test_after_surgery_the_config_of_a_fork_describes_the_new_fork(name, model, tmp_path):
     new = or_refuses(SURGERY[name], model)
     if new is not None:
         assert type(new) is type(model)
@@ -784,7 +784,7 @@ class OwnForward(VisionTower):
     (clip_of(RopeAttention), "Attention.qkv"),
     (clip_of(OpaqueAttention), "Attention.forward"),
 ])  # fmt: skip
-def test_new_tokens_of_an_image_are_an_error_if_a_fork_may_read_them(kind, method):
+def test_adding_tokens_to_an_image_is_an_error_if_a_fork_may_read_them(kind, method):
     fork = kind(TINY)
     with pytest.raises(ValueError, match=f"add_registers cannot follow .*, .* {method}"):
         surgery.add_registers(fork, 2)
@@ -798,7 +798,7 @@ class LargestEnds(TextTower):
         return ids.argmax(-1)
 
 
-def test_new_tokens_of_a_text_are_an_error_if_they_move_the_end_token():
+def test_adding_tokens_to_a_vocabulary_is_an_error_if_this_moves_the_end_token():
     with pytest.raises(ValueError, match="LargestEnds, which replaces TextTower.eos_positions"):
         fork = CLIP(TINY)
         fork.text = LargestEnds(TINY.text, TINY.embed_dim)
@@ -837,7 +837,7 @@ def test_models_of_different_classes_are_not_averaged():
 
 
 @torch.no_grad()
-def test_heads_of_a_fork_are_ablated_or_the_error_names_the_attention(model):
+def test_heads_of_a_fork_are_ablated_or_an_error_names_the_attention(model):
     pixels, _ = some(model.config)
     with surgery.ablate_heads(model, "vision", {0: [0]}):
         silent = or_refuses(model.encode_image, pixels)
@@ -960,7 +960,7 @@ def test_a_texts_embedding_does_not_depend_on_other_texts(kind, tokenizer):
         assert (found - full).abs().max() < 1e-5
 
 
-def test_recomputed_blocks_need_no_padding(tokenizer):
+def test_texts_need_no_padding_while_blocks_are_recomputed(tokenizer):
     model = fork_for(CLIP, tokenizer)
     with recompute_blocks(model):
         assert ids_for(model.text, tokenizer, ["green"]).shape[1] < 20

@@ -749,13 +749,13 @@ SLIPS = [
         "A build continues from parts that another model embedded.",
         "if self.fingerprint == other.fingerprint:\n",
         "if True:\n",
-        f"{RETRIEVAL} -k 'another_model_made'",
+        f"{RETRIEVAL} -k index_of_another_model",
     ),
     Slip(
         "A build continues from parts that another transform made.",
         "            if self.transform == other.transform:\n                return\n",
         "            return\n",
-        f"{RETRIEVAL} -k 'another_model_made'",
+        f"{RETRIEVAL} -k index_of_another_model",
     ),
     Slip(
         "A build continues from parts of other images.",

@@ -229,7 +229,7 @@ SLIPS = [
         "A load may mix files of two saves.",
         "_state(directory, file) == before and (is_whole or error)",
         "True",
-        "tests/test_saving.py -k one_version",
+        "tests/test_saving.py -k load_during_a_save",
     ),
     Slip(
         "The files behind a symbolic link are also moved.",
@@ -241,19 +241,19 @@ SLIPS = [
         "An empty file replaces a file that should be deleted.",
         "if (saved / name).lstat().st_size:",
         "if True:",
-        "tests/test_saving.py -k complete",
+        "tests/test_saving.py -k interrupted_save",
     ),
     Slip(
         "A save over an unfinished save fails.",
         "    while True:\n        finish_save(directory)\n",
         "    while True:\n",
-        "tests/test_saving.py -k complete",
+        "tests/test_saving.py -k interrupted_save",
     ),
     Slip(
         "Loading does not finish an interrupted save.",
         "            finish_save(directory)\n        except OSError as error:",
         "            pass\n        except OSError as error:",
-        "tests/test_saving.py -k complete",
+        "tests/test_saving.py -k interrupted_save",
     ),
     Slip(
         "transformers' two LayerNorms of a block are exchanged.",
@@ -811,7 +811,7 @@ SLIPS = [
         "An old tokenizer.json stays beside a new tokenizer in another format.",
         '("tokenizer.json", "added_tokens.json")',
         '("added_tokens.json",)',
-        "tests/test_saving.py -k another_form",
+        "tests/test_saving.py -k another_format",
     ),
     Slip(
         "A save leaves older weights in the folder that `load` would prefer.",

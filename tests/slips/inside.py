@@ -477,7 +477,7 @@ SITES = [
             f"TransformerLens' name {word} means the wrong site.",
             f'    "{word}": "{right}",',
             f'    "{word}": "{wrong}",',
-            "tests/test_sites.py -k 'transformer_lens or sum_of_its_parts or follow_from'",
+            "tests/test_sites.py -k 'transformer_lens or sum_of_its_parts or from_each_other'",
         )
         for word, right, wrong in (
             ("ln1", "ln_1", "ln_2"),
@@ -523,7 +523,7 @@ SITES = [
         "The input of a module is read only if it is a positional argument.",
         "first = 0 if args else next(iter(kwargs))",
         "first = 0",
-        "tests/test_sites.py -k passed_by_name",
+        "tests/test_sites.py -k passed_by_keyword",
     ),
     Slip(
         "A hook on the input of a block may not change the number of tokens.",
