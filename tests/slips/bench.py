@@ -11,7 +11,7 @@ FAULTS = "tests/test_diagnosis.py"
 TABLES = "tests/test_diagnosis_tables.py -k 'computes_what or found_by'"
 TEXTS = "tests/test_diagnosis_tables.py -k 'other_ids or another_length'"
 WEIGHTS = "tests/test_diagnosis_tables.py -k weight"
-COSTS = f"{BENCH} -k 'rounds or refused or order or time or gpu or tolerance or table or ratios'"
+COSTS = f"{BENCH} -k 'rounds or order or time or gpu or tolerance or table or ratios'"
 ASKED = f"{BENCH} -k 'argument or tf32 or libraries_read or compiled'"
 LIMITS = f"{PARITY} -k 'documented or twice_the_error or larger_errors or finite'"
 

@@ -8,7 +8,7 @@ FINE = "tests/test_fine_tuning.py"
 PROCESSES = "tests/test_processes.py"
 DATA = (
     "tests/test_training.py -k 'source or images or pixels or shards or class "
-    "or called_by or batches or augment or cannot'"
+    "or batches or augment or cannot'"
 )
 SETUP = (
     "tests/test_training.py -k 'new_model or a_recipe or bad_input or stopped or finished "
