@@ -42,7 +42,7 @@ def load(
         dtype: the dtype of the weights. None keeps the dtype of the file.
         reference: the library whose token ids and pixels are matched, "transformers" or "openai".
         subfolder: a folder in the directory or the repository, such as "text_encoder".
-        config: replaces the checkpoint's config: a CLIPConfig, a path, or a name ("ViT-L/14").
+        config: a CLIPConfig, a path, or a name ("ViT-L/14"). Replaces the checkpoint's config.
     Raises:
         CheckpointError: says which file is wrong, what was expected, and what was found.
 

@@ -732,7 +732,7 @@ def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tm
     theirs.config.text_config.vocab_size = 521
     for part in (theirs, words):
         part.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="Set eos_token_id to 519 to read every text at its end"):
+    with pytest.warns(UserWarning, match="Set eos_token_id to 519 to pool every text at its end"):
         legacy, tokenizer, _ = load(tmp_path)
     ids = tokenizer(["a <cat-toy> cat"])
     assert 520 in ids

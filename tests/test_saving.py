@@ -210,7 +210,7 @@ def test_a_save_without_a_transform_keeps_open_clips_image_settings(tmp_path):
 def test_a_context_length_that_open_clip_cannot_store_is_an_error(tmp_path):
     model, tokenizer, transform = quick()  # the text tower has 12 positions
     tokenizer.context_length = 11
-    message = "context length of 11, but it would be read as 12, .* tokenizer.context_length = 12"
+    message = "context length of 11, but `load` would use 12, .* tokenizer.context_length = 12"
     with pytest.raises(CheckpointError, match=message):
         miniclip.save(tmp_path / "new", model, tokenizer, transform, layout="open_clip")
     assert not (tmp_path / "new").exists()

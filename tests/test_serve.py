@@ -400,7 +400,7 @@ def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path,
 @pytest.mark.slow
 def test_bad_labels_and_templates_are_refused_with_a_reason(page):
     for box, text, message in (
-        ("#labels", "word " * 150, "77 fit. Shorten the text: "),
+        ("#labels", "word " * 150, "77 fit. Shorten the text. "),
         ("#labels", " ", "write at least one"),
         ("#templates", "a photo", "write {} where the label goes"),
         ("#templates", "", "no sentence is given"),

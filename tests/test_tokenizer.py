@@ -865,7 +865,7 @@ def no_ends_of_words(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("apply", "message"),
     [
-        (damage_merges(lambda lines: lines[:-1]), "no merge makes 1 tokens of the vocabulary"),
+        (damage_merges(lambda lines: lines[:-1]), "1 tokens .*, come from no merge"),
         (damage_merges(lambda lines: [*lines, "! !"]), "'!!' is not in the vocabulary"),
         (damage_merges(lambda lines: [*lines, *[""] * 300_000]), "merges.txt: .* 300,000 lines"),
         (damage("merges.txt", b"#" * 5_000_001), "merges.txt: .* more than 5,000,000 bytes"),

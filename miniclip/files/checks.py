@@ -173,7 +173,7 @@ def check_ids(ids: Any, vocab_size: int) -> None:
 
 
 def can_look_at(x: Tensor) -> bool:
-    """Whether the values can be read: on a CPU, outside torch.compile, vmap and torch.func.grad."""
+    """Whether values can be read. True on CPU, outside torch.compile, vmap and torch.func.grad."""
     if torch.compiler.is_compiling():
         return False
     return x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -228,7 +228,7 @@ def check_reference(reference: str) -> None:
 
 
 def check_unit_norm(embeds: Tensor, dtype: Any) -> Tensor:
-    """Return embeddings of a model in this dtype. Raise ValueError unless they have length 1."""
+    """Return `embeds`. Raise ValueError unless they have length 1. The error names `dtype`."""
     if not ((embeds.float().norm(dim=-1) - 1).abs() < 0.5).all():  # also true for NaN
         raise ValueError(
             f"an embedding is NaN, infinite or zero: the model overflows in {dtype}; load it in "
@@ -264,7 +264,7 @@ def too_long(i: int, text: str, tokens: int, limit: int) -> ContextLengthError:
     """The error for a text with too many tokens."""
     return ContextLengthError(
         f"text {i} has {tokens} tokens with the start and the end token, and at most {limit} fit. "
-        f"Shorten the text, or use truncate=True in Python: {text[:40]!r}..."
+        f"Shorten the text, or use truncate=True in Python. The text begins with {text[:40]!r}..."
     )
 
 

@@ -89,7 +89,7 @@ def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> 
 
 
 def tower_from_transformers(config: dict[str, Any]) -> Fields:
-    """Read a parsed config.json of one tower alone, as in Stable Diffusion and IP-Adapter."""
+    """Read a parsed config.json with only one tower, as in Stable Diffusion and IP-Adapter."""
     tower = TOWER_TYPES[config["model_type"]]
     embed_dim: Any = config.get("projection_dim", 512)
     if type(embed_dim) is not int or not 0 < embed_dim < 2**31:
@@ -118,9 +118,9 @@ def to_transformers(
     """The contents of config.json for a model with these fields.
 
     `head_width` and `registers` become extra entries. transformers would ignore them and build a
-    different model. To prevent this, if transformers' CLIP cannot express a field of a tower, the
-    tower's heads are written as a list, one number for each layer. Then transformers raises an
-    error, because it accepts only one number.
+    different model. So if transformers' CLIP cannot express a field of a tower, the tower's heads
+    are written as a list, one number for each layer. Then transformers raises an error, because it
+    accepts only one number.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
@@ -219,11 +219,11 @@ def without_config(
 ) -> tuple[Fields, str]:
     """The fields of a model without a config file, and a warning for the user (may be empty).
 
-    Shapes do not determine the heads and the activation. OpenAI's own files have heads of width 64
-    and QuickGELU. For other files, a published model with the same shapes gives the heads and the
-    activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files, and
-    a file in another layout raises ValueError. ValueError is also raised if several published
-    models have the same shapes and different activations.
+    The shapes give neither the number of heads nor the activation. OpenAI's own files have heads of
+    width 64 and QuickGELU. For other files, a published model with the same shapes gives the number
+    of heads and the activation. Without such a model, a file in OpenAI's layout is read like
+    OpenAI's own files, and a file in another layout raises ValueError. ValueError is also raised if
+    several published models have the same shapes and different activations.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)

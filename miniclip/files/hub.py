@@ -108,8 +108,8 @@ def resolve(
     id = address["id"] if address else openai_id(str(name)) or str(name)
     if id in embedded:
         raise CheckpointError(
-            f"no directory called {id!r}, which a Path means; for the embedded checkpoint, give "
-            f"the string {id!r}"
+            f"no directory called {id!r}. A Path never means the embedded checkpoint; for that, "
+            f"give the string {id!r}"
         )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", id) or Path(id).suffix in SUFFIXES:
         raise CheckpointError(
@@ -122,7 +122,7 @@ def resolve(
 
 
 def _inside(directory: Path, folder: str) -> Path:
-    """A folder of a checkpoint's directory. Raises CheckpointError if there is no such folder."""
+    """The path of a subfolder of `directory`. Raises CheckpointError if there is no such folder."""
     if not (directory / folder).is_dir():
         folders = listed(sorted(f.name for f in directory.iterdir() if f.is_dir()), most=10)
         raise CheckpointError(

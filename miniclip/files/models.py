@@ -68,7 +68,7 @@ class Stored(NamedTuple):
         only = self.towers[0]
         reason = f"has no {towers[0]} tower, only a {only} tower"
         if len(towers) == 2:
-            reason = f"has one tower alone; load it with {only.title()}Tower.from_pretrained"
+            reason = f"has only one tower; load it with {only.title()}Tower.from_pretrained"
         raise CheckpointError(f"{self.path}: {reason}")
 
     def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
@@ -94,7 +94,7 @@ class Stored(NamedTuple):
         )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """True, to use OpenAI's transform, if the layout is OpenAI's and no file has one."""
+        """Whether the layout is OpenAI's and no file has a transform. Then OpenAI's is used."""
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not hub.has_files("transform", name, **options)
 
@@ -106,7 +106,7 @@ class Stored(NamedTuple):
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
-        """Inside this context, the errors of a model that is built name the config's file."""
+        """If building a model fails inside this context, the error names the config's file."""
         try:
             with blaming(self.config_path):
                 yield
@@ -141,7 +141,7 @@ class Stored(NamedTuple):
         return state
 
     def _check_depth(self, places: dict[str, names.Place]) -> None:
-        """Check the number of layers first, so that no error lists each tensor of absent layers."""
+        """Check the layer count first, or an error would list every tensor of the absent layers."""
         for tower in self.towers:
             blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
             found = names.depth(tower, self.table, self.tensors)
@@ -192,7 +192,7 @@ class Stored(NamedTuple):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Convert float8 to float32, because float8 tensors have no sum."""
+    """Convert float8 to float32, because torch cannot sum float8 tensors."""
     return tensor.float() if tensor.itemsize == 1 else tensor
 
 
@@ -208,8 +208,8 @@ def open_model(
 
     Args:
         dtype: floating point tensors are converted to this type. None keeps the file's type.
-        config: replaces the checkpoint's config: a CLIPConfig, an official name ("ViT-L/14"), a
-            config.json, or the name of another checkpoint.
+        config: a CLIPConfig, an official name ("ViT-L/14"), a config.json, or the name of another
+            checkpoint. It replaces the checkpoint's config.
         options: further arguments for `resolve`.
     Raises:
         CheckpointError: a file is missing or damaged, or describes another model.
@@ -316,7 +316,7 @@ def read_fields(
     path, fields = _given_fields(config, fork) if config else _fields_of(name, fork, **options)
     if "vision" not in fields or "text" not in fields:
         tower = "vision" if "vision" in fields else "text"
-        raise CheckpointError(f"{name}: a {tower} tower alone; expected a whole CLIP")
+        raise CheckpointError(f"{name}: has only a {tower} tower; expected a whole CLIP")
     return path, fields
 
 
@@ -411,8 +411,8 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
         )
     if count > end + 1 and is_legacy:
         warn(
-            f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
+            f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip pool "
             "a text at its largest id. This tokenizer's end token does not have the largest id, so "
-            "some texts are not read at their end. "
-            f"Set eos_token_id to {end} to read every text at its end"
+            "some texts are not pooled at their end. "
+            f"Set eos_token_id to {end} to pool every text at its end"
         )

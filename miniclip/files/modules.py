@@ -36,7 +36,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def class_of(module: nn.Module) -> Any:
-    """The class of a module. If FSDP2 replaced it by a subclass, the original class."""
+    """The class of a module, or its original class if FSDP2 replaced it by a subclass."""
     return next(c for c in type(module).__mro__ if "torch.distributed.fsdp" not in c.__module__)
 
 
@@ -88,7 +88,7 @@ def check_described(model: Any) -> None:
     if own and kind.__module__.split(".")[0] in _LIBRARIES:
         raise ValueError(
             f"{kind.__name__} is miniclip's class, but it builds {listed(sorted(own))}, and the "
-            "files cannot say so. Do not set an attribute of a class of miniclip, such as "
+            "files cannot record this. Do not set an attribute of a class of miniclip, such as "
             "Block.mlp_class. Write a subclass, and set the attribute there"
         )
     odd = [*differences(model, expected)]

@@ -124,7 +124,7 @@ def names_of(tower: str, layout: Layout, names: Iterable[str]) -> set[str]:
 
 
 class Place(NamedTuple):
-    """The name of the file's tensor that holds a parameter, and how it is stored."""
+    """A parameter's place in a file: the name of the tensor, and how the parameter is stored."""
 
     key: str
     form: str  # "" unchanged, "T" transposed, "0" to "2" a third of the rows
@@ -203,8 +203,8 @@ def recognize(
 ) -> tuple[str, Layout, dict[str, Tensor]]:
     """Find the layout's name and table, and rename the tensors as the table expects.
 
-    `extra` names the tensors of a fork's own parameters. Raises ValueError for two models, and
-    for parts that miniclip does not have, such as a ResNet.
+    `extra` names the tensors of a fork's own parameters. Raises ValueError if the tensors belong
+    to several models, or to parts that miniclip does not have, such as a ResNet.
     """
     forks = names_of("", extra, tensors) | names_of("", {ours: ours for ours in extra}, tensors)
     tensors = _renamed(tensors, lambda name: name if name in forks else _WRAPPERS.sub("", name))

@@ -5,8 +5,8 @@ and their code; OpenAI publishes its models in this form. A pickle is a program:
 Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed. A
 call is noted, but the function is not called. `torch.load(weights_only=True)` refuses some of the
-objects that training saves. It follows more instructions than this module, and with these a file
-can take any amount of memory.
+objects that training saves. It also follows instructions that this module refuses. With these, a
+file can take any amount of memory.
 """
 
 import io
@@ -80,7 +80,7 @@ class PickledTensors:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that never reads more than LARGEST bytes at once, even if its header asks for more."""
+    """An open file. `read` raises UnpicklingError if a header asks for more than LARGEST bytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST:
@@ -93,7 +93,7 @@ def _read_zip(file: _Bounded) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1 or len(set(archive.namelist())) < len(archive.namelist()):
-            raise UnpicklingError("expected a zip with one data.pkl, and each name once")
+            raise UnpicklingError("expected a zip with one data.pkl and no repeated names")
         folder = names[0].removesuffix("data.pkl")
         root, storages = _read_pickle(io.BytesIO(_contents(archive, names[0])))
         order = f"{folder}byteorder"
@@ -257,7 +257,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
             items = items if name == "APPENDS" else [stack.pop()]
             if type(stack[-1]) is list:
                 stack[-1] += items
-            elif type(stack[-1]) is not Made:  # the items of a deque or a set are not kept
+            elif type(stack[-1]) is not Made:  # a Made deque or set keeps no items
                 raise UnpicklingError(f"it adds items to a {type(stack[-1]).__name__}")
         elif name in ("SETITEM", "SETITEMS"):
             items = items if name == "SETITEMS" else [stack.pop(-2), stack.pop()]

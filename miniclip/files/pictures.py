@@ -205,7 +205,7 @@ no_warnings = _NoWarnings()
 
 
 def _may_share_a_file(picture: Any) -> bool:
-    """Whether an image is read from a file that another open file may use too, as in a tar."""
+    """Whether an image is in a file that other file objects may read too, such as a tar."""
     if isinstance(picture, Image.Image):  # `fp` is the file, until the pixels are read
         picture = getattr(picture, "fp", None)
     own = isinstance(getattr(picture, "raw", picture), io.FileIO | io.BytesIO)

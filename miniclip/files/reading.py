@@ -24,7 +24,9 @@ def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
         value = json.loads(read_bytes(path, most).decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: expected a JSON file that can be read: {reason}") from None
+        raise CheckpointError(
+            f"{path}: expected a JSON file, but it cannot be read: {reason}"
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """Stands for an object that only code could make. Has the object's items and attributes."""
+    """Stands for an object that a function call would make. Has its items and attributes."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker

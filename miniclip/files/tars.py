@@ -31,7 +31,7 @@ class Member(NamedTuple):
 def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]:
     """Yield the files of a tar up to its first damage. Add a line about the damage to `damage`.
 
-    Links are left out. If an image is a link, another line says so.
+    Links are left out. If images are links, a line in `damage` names them.
     """
     name, last = fspath(archive), -1
     links: list[str] = []
@@ -69,7 +69,7 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
 
 
 class _Bounded:
-    """An open tar. `read` raises ValueError if a damaged header asks for bytes beyond its end."""
+    """An open tar. `read` raises ValueError if a damaged header asks for bytes beyond the end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell

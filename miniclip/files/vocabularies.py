@@ -72,8 +72,8 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
         with blaming(directory):
             if (length := context_of_open_clip(settings)) > context_length:
                 raise ValueError(
-                    f"the tokenizer has a context length of {context_length}, but it would be read "
-                    f"as {length}, the length in open_clip_config.json. First set "
+                    f"the tokenizer has a context length of {context_length}, but `load` would use "
+                    f"{length}, the length in open_clip_config.json. First set "
                     f"tokenizer.context_length = {length}, or use the layout 'transformers'"
                 )
     never = {"lstrip": False, "rstrip": False, "single_word": False}
@@ -106,7 +106,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
     if unmade := vocab.keys() - symbols - made - set(special):
         first = min(unmade, key=vocab.__getitem__)
         raise ValueError(
-            f"no merge makes {len(unmade)} tokens of the vocabulary, such as {shown(first)}; "
+            f"{len(unmade)} tokens of the vocabulary, such as {shown(first)}, come from no merge; "
             "vocabulary and merges must come from the same tokenizer"
         )
 
@@ -114,7 +114,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
 def _read_merges(directory: Path, whole: dict[str, Any]) -> tuple[Path, dict[str, int], list[Pair]]:
     """Return the path of the vocabulary's file, the vocabulary, and the merges.
 
-    `whole` is the contents of tokenizer.json. If this file is there, transformers reads no other.
+    `whole` is the contents of tokenizer.json. If it exists, transformers reads only this file.
     """
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     source, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
@@ -215,7 +215,7 @@ def read_special_tokens(
 
 
 def _refuse_other_steps(path: Path, name: Any, whole: dict[str, Any]) -> None:
-    """Raise CheckpointError if a tokenizer.json cleans or splits texts otherwise than CLIP's.
+    """Raise CheckpointError if a tokenizer.json cleans or splits texts differently from CLIP's.
 
     `name` is the class of the tokenizer. CLIPTokenizer does not use these steps of the file.
     """
@@ -226,8 +226,8 @@ def _refuse_other_steps(path: Path, name: Any, whole: dict[str, Any]) -> None:
     steps = [step["type"] for part in parts for step in part]
     if steps != (expected := ["NFC", "Replace", "Lowercase", "Split", "ByteLevel"]):
         raise CheckpointError(
-            f"{path}: the tokenizer {shown(name)} cleans and splits a text by {shown(steps)}, and "
-            f"CLIP's by {expected}. Make the ids with transformers.AutoTokenizer"
+            f"{path}: the tokenizer {shown(name)} cleans and splits a text by {shown(steps)}; "
+            f"expected CLIP's steps, {expected}. Make the ids with transformers.AutoTokenizer"
         )
 
 

@@ -21,7 +21,7 @@ PLACE = ".cache/huggingface"
 """Unfinished files are written here. huggingface_hub's `upload_folder` leaves this folder out."""
 SAVED = f"{PLACE}/.miniclip.saved"
 """The folder of a complete save. Its files still have to be moved to the checkpoint's directory."""
-PREFIX = ".miniclip-tmp-"  # a later save deletes such a folder, so no user may have this name
+PREFIX = ".miniclip-tmp-"  # a later save deletes such folders, so users must not use this name
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -50,8 +50,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _private_folder(directory: Path) -> Iterator[Path]:
     """Yield a new folder inside `directory`, and remove it at the end.
 
-    The folder is in PLACE. If PLACE is behind a link, or if a rename from there would fail, because
-    PLACE is on another disk, the folder is in `directory` itself.
+    The folder is in PLACE. If PLACE is behind a link or on another disk, the folder is in
+    `directory` itself. (A rename from another disk would fail.)
 
     A process locks its folder. A folder without a lock was left by a killed process, and is removed
     here. On a system without locks, such a folder stays.
@@ -84,7 +84,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
             with suppress(OSError):
                 descriptor = lock(left)
                 shutil.rmtree(left, ignore_errors=True)
-                os.close(descriptor)  # not earlier: a process that has just made it may lock it
+                os.close(descriptor)  # not earlier: the process that just made `left` may lock it
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +116,7 @@ def saving(directory: Path) -> Iterator[Path]:
     """Yield a folder to write files to. At the end, either all files move to `directory` or none.
 
     An empty file in the folder means: delete the file with this name. To complete the save, the
-    folder is renamed to SAVED, or to the same name in `directory` if it is not in PLACE. If the
+    folder is renamed to SAVED. If it is not in PLACE, it gets the same name in `directory`. If the
     process is killed before the rename, the directory keeps its files. If it is killed later, the
     next reader calls `finish_save`. Raises CheckpointError.
     """

@@ -448,7 +448,7 @@ SLIPS = [
         "tests/test_brought.py -k disagree",
     ),
     Slip(
-        "MetaCLIP 2's texts are read at their largest id.",
+        "MetaCLIP 2's texts are pooled at their largest id.",
         'return {"literal_eos": True} if model_type.startswith(METACLIP_2) else {}',
         "return {}",
         "tests/test_brought.py -k metaclip_2",

@@ -254,7 +254,7 @@ MODEL = [
         "tests/test_model.py -k unusual_shapes",
     ),
     Slip(
-        "Every text embedding is read at the largest token id.",
+        "Every text is pooled at the largest id.",
         "is_eos.int().argmax(-1), -1)",
         "ids.argmax(-1), -1)",
         "tests/test_model.py -k 'unusual_shapes or first_end'",
