@@ -648,7 +648,7 @@ def test_the_command_prints_json_and_draws(capsys, tmp_path, monkeypatch, settin
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
+def test_bad_input_gives_a_one_line_error(argv, words, capsys):
     try:
         status = main(["bench", *argv])
     except SystemExit as stop:

@@ -113,7 +113,7 @@ class Referee:
 
 
 class TooLong(BaseException):
-    """This is not an Exception, because the loader reports every Exception as a damaged file."""
+    """A BaseException, because the loader reports every Exception as a damaged file."""
 
 
 @contextmanager
@@ -326,7 +326,7 @@ def safetensors_cases(files):
 
 
 @pytest.mark.slow
-def test_false_safetensors_raise_an_error_or_load_as_stated(referee, files, their_names):
+def test_faulty_safetensors_raise_an_error_or_load_as_the_file_says(referee, files, their_names):
     cases = safetensors_cases(files)
 
     def is_as_stated(model, label):
@@ -457,7 +457,9 @@ def pickle_cases(files, tensors, proof):
 @pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning"
 )  # torch warns when it saves
-def test_false_pickles_raise_an_error_or_load_as_stated(referee, files, their_names, tmp_path):
+def test_faulty_pickles_raise_an_error_or_load_as_the_file_says(
+    referee, files, their_names, tmp_path
+):
     tensors = load_file(referee.directory / "model.safetensors")
     proof = tmp_path / "proof"
     cases = pickle_cases(files, tensors, proof)
@@ -675,7 +677,7 @@ def hand_made_cases():
 
 
 @pytest.mark.slow
-def test_pickles_made_by_hand_raise_an_error_or_load_as_stated(referee):
+def test_pickles_made_by_hand_raise_an_error_or_load_as_the_file_says(referee):
     """The test reads only tensors, because no config describes a model of four numbers."""
     numbers = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     cases = [(label, {"x.bin": data}) for label, data in hand_made_cases()]
@@ -726,7 +728,9 @@ def shard_cases(files):
 
 
 @pytest.mark.slow
-def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, files, their_names):
+def test_a_faulty_index_of_shards_raises_an_error_or_loads_as_the_file_says(
+    referee, files, their_names
+):
     directory = referee.directory
     (directory.parent / "a.safetensors").write_bytes(files["model.safetensors"])
     (directory / "loop.safetensors").symlink_to("loop.safetensors")
@@ -782,7 +786,7 @@ def config_cases(files):
 
 
 @pytest.mark.slow
-def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their_names):
+def test_a_faulty_config_raises_an_error_or_loads_as_the_file_says(referee, files, their_names):
     cases = [*config_cases(files)]
     stated = {label: values for label, _, values in cases}
     texts = [(label, json.dumps(config).encode()) for label, config, _ in cases]
@@ -793,7 +797,7 @@ def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their
     texts += [("UTF-16", whole.decode().encode("utf-16")), ("with a mark", b"\xef\xbb\xbf" + whole)]
 
     def is_as_stated(model, label):
-        """Whether the weights and the changed field are as stated. Some fields are not compared."""
+        """Whether weights and changed field are as the file says. Some fields are not compared."""
         for place, value in stated.get(label, {}).items():
             found = model.config.to_dict()
             for key in place:
@@ -878,7 +882,7 @@ def test_long_files_take_little_memory_and_give_short_messages(referee, files):
 
 
 @pytest.mark.parametrize("name", ["config.json", "merges.txt", "vocab.json", "model.safetensors"])
-def test_a_named_pipe_is_an_error_and_not_waited_for(files, tmp_path, name):
+def test_a_named_pipe_raises_an_error_without_waiting(files, tmp_path, name):
     for file, data in files.items():
         (tmp_path / file).write_bytes(data)
     (tmp_path / name).unlink()
@@ -945,7 +949,7 @@ def tokenizer_cases(files):
 
 
 @pytest.mark.slow
-def test_a_false_tokenizer_raises_an_error_or_loads_as_stated(referee, files):
+def test_a_faulty_tokenizer_raises_an_error_or_loads_as_the_files_say(referee, files):
     def is_as_stated(tokenizer, label):
         if tokenizer.encode("a cat")[:2] == [] or re.fullmatch(r"merge \d+ missing", label):
             return False
@@ -976,7 +980,7 @@ def transform_cases(files):
         yield f"cut at {cut}", {name: files[name][:cut]}
 
 
-def test_a_false_transform_raises_an_error_or_loads_as_stated(referee, files):
+def test_a_faulty_transform_raises_an_error_or_loads_as_the_file_says(referee, files):
     picture = torch.zeros(3, 20, 30, dtype=torch.uint8)
 
     def is_as_stated(transform, label):

@@ -127,7 +127,7 @@ def test_a_fresh_process_downloads_with_progress(hub, tmp_path):
     assert "Fetching 2 files: 100%" in run.stderr
 
 
-def test_a_second_load_asks_for_no_file_again(hub, model):
+def test_a_second_load_requests_no_file(hub, model):
     miniclip.load(NAME)
     assert len(asked(hub, "/stored/")) == 1
     hub.requests.clear()
@@ -205,7 +205,7 @@ def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tm
 
 
 @pytest.mark.slow
-def test_a_config_and_a_conversion_have_the_requested_revision(hub, other, tmp_path):
+def test_a_config_and_a_conversion_come_from_the_requested_revision(hub, other, tmp_path):
     files = hub.repositories[NAME]["main"] | other_files(other, tmp_path)
     config = json.loads(files["config.json"])
     config["logit_scale_init_value"] = 1.5
@@ -289,7 +289,7 @@ def test_every_file_of_a_tokenizer_is_downloaded(hub, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_transform_is_read_from_each_of_its_files(hub, model, tmp_path):
+def test_a_transform_is_read_from_any_file_that_may_hold_it(hub, model, tmp_path):
     transform = ImageTransform(40, image_mean=(0.1, 0.2, 0.3))
     transform.save_pretrained(tmp_path / "files")
     files = contents(tmp_path / "files")
@@ -323,7 +323,7 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
 
 
 @pytest.mark.slow
-def test_a_repository_of_timms_is_read(hub, model, tmp_path):
+def test_a_timm_repository_is_read(hub, model, tmp_path):
     """config.json and model.safetensors are timm's own. The CLIP is in open_clip's files."""
     folder = tmp_path / "timm"
     miniclip.save(folder, *miniclip.load(NAME), layout="open_clip")
@@ -372,7 +372,7 @@ def test_openais_own_names_load_the_repositories_of_the_hub(hub, model, name):
         f"hf.co/{NAME}/tree/main",
     ],
 )
-def test_a_pasted_address_is_a_name(hub, model, name):
+def test_a_pasted_address_is_accepted_as_a_name(hub, model, name):
     assert_same_weights(CLIP.from_pretrained(name), model)
 
 
@@ -491,7 +491,7 @@ def test_a_connection_that_is_cut_is_resumed(hub, model, keep):
     assert len(asked(hub, "/stored/")) == 2
 
 
-def test_a_connection_that_is_always_cut_leaves_nothing_that_is_trusted(hub, model):
+def test_a_connection_that_is_always_cut_leaves_no_trusted_file(hub, model):
     hub.faults = [Fault(WEIGHTS, keep=0)]
     with pytest.raises(CheckpointError, match="client says RemoteProtocolError: .* closed"):
         CLIP.from_pretrained(NAME)
@@ -755,7 +755,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(hub, model, monkeypatch, err
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's code
-def test_what_a_crashed_save_left_is_not_published(hub, files, tmp_path):
+def test_files_left_by_a_crashed_save_are_not_published(hub, files, tmp_path):
     """One save crashed while it wrote its files, and another while it moved them."""
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)

@@ -283,7 +283,7 @@ def test_a_fault_in_the_mapping_is_noticed(tmp_path, inputs, fault):
         assert_same_embeddings(model, peer, *inputs)
 
 
-def test_a_file_that_may_be_openais_or_open_clips_gives_a_warning(tmp_path):
+def test_a_file_that_may_come_from_openai_or_open_clip_gives_a_warning(tmp_path):
     path = write_openai(tmp_path / "x.pt", original(OPENAI))
     with pytest.warns(UserWarning, match="read as OpenAI's.*open_clip_config.json"):
         CLIP.from_pretrained(path)
@@ -419,7 +419,7 @@ def packed():
     return pack(CLIP(OPENAI).state_dict(), LAYOUTS["openai"]) | openai_numbers(asdict(OPENAI))
 
 
-def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
+def test_load_finds_the_image_size_of_an_openai_file(tmp_path):
     """The folder has no file for the transform, so the image size comes from the weights."""
     model, tokenizer, transform = load("shapes")
     config = CLIPConfig(
@@ -495,7 +495,7 @@ def test_a_file_that_is_not_a_clip_in_openais_layout_is_an_error(packed, tmp_pat
         ("visual.trunk.cls_token", "vision_cfg", "timm_model_name", "vit_base_patch16_224"),
     ],
 )
-def test_the_error_for_another_model_of_open_clips_names_its_field(
+def test_the_error_for_another_architecture_of_open_clip_names_the_field(
     tmp_path, tensor, section, field, value
 ):
     CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
@@ -509,7 +509,7 @@ def test_the_error_for_another_model_of_open_clips_names_its_field(
 
 
 @pytest.mark.parametrize("value", ["L", [1], 3, True, {"size": [[64]]}, {"size": [{"a": 1}]}])
-def test_invalid_preprocessing_of_open_clips_is_an_error(tmp_path, value):
+def test_an_invalid_preprocess_cfg_of_open_clip_is_an_error(tmp_path, value):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": value}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="preprocess_cfg|size"):
@@ -521,7 +521,7 @@ def test_invalid_preprocessing_of_open_clips_is_an_error(tmp_path, value):
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["plain", "custom_text"])
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
-def test_open_clips_layout_is_read(tmp_path, inputs, custom_text, quick_gelu):
+def test_the_layout_of_open_clip_is_read(tmp_path, inputs, custom_text, quick_gelu):
     config = variant(act="quick_gelu" if quick_gelu else "gelu")
     peer = original(config)
     changes = {"quick_gelu": True} if quick_gelu else {}
@@ -594,7 +594,7 @@ def test_an_absent_field_has_open_clips_default():
     assert context_of_open_clip(empty) == 77
 
 
-def test_other_fields_of_open_clip_for_the_same_values_are_read():
+def test_optional_fields_of_open_clip_are_read():
     settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
     settings["vision_cfg"]["image_size"] = [60, 36]
     settings["text_cfg"] |= {"pool_type": "eos", "eos_id": 999}
@@ -629,7 +629,7 @@ def test_other_fields_of_open_clip_for_the_same_values_are_read():
         ("", "output_dict", [True]),
     ],
 )
-def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field, values):
+def test_an_open_clip_field_that_changes_no_number_is_accepted(section, field, values):
     """A field may be empty, or have a value that does not change the output."""
     for value in [0, "", {}, None, False, *values]:
         settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
@@ -774,7 +774,7 @@ def test_settings_that_do_not_change_open_clips_tokens_are_accepted(tmp_path, ch
         ({"mean": [0.5]}, "image_mean"),
     ],
 )
-def test_a_transform_of_open_clip_that_no_clip_has_is_an_error(tmp_path, change, message):
+def test_an_open_clip_transform_that_no_clip_has_is_an_error(tmp_path, change, message):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
@@ -801,7 +801,7 @@ def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
         preprocessing_to_open_clip(asdict(replace(transform, crop_size=36)))
 
 
-def test_a_transform_is_saved_into_each_file_that_has_one(tmp_path):
+def test_a_transform_is_saved_into_each_file_with_image_settings(tmp_path):
     """A program may read only one of these files, so all of them must agree."""
     earlier, later = ImageTransform(40), ImageTransform(32, image_mean=(0.1, 0.2, 0.3))
     files = {
@@ -910,7 +910,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
         assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_saving_open_clip_beside_weights_that_are_read_first_is_an_error(tmp_path):
+def test_saving_open_clip_files_is_an_error_if_load_would_read_other_weights(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
@@ -918,7 +918,7 @@ def test_saving_open_clip_beside_weights_that_are_read_first_is_an_error(tmp_pat
     assert_same_model(CLIP.from_pretrained(tmp_path), model)
 
 
-def test_an_open_clip_mlp_ratio_gives_back_the_width():
+def test_the_mlp_width_is_restored_from_open_clips_mlp_ratio():
     # For the last pair, float64 rounding makes mlp_ratio * width smaller than mlp_width.
     for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000), (13, 63)]:
         vision = VisionConfig(width=width, heads=1, mlp_width=mlp_width)
@@ -932,8 +932,8 @@ def read_shapes(tensors):
     return CLIPConfig.from_fields(fields)
 
 
-def test_the_shapes_of_openais_tensors_are_its_whole_config():
-    """miniclip would not save this file, because images have four channels."""
+def test_the_whole_config_of_an_openai_file_follows_from_its_shapes():
+    """miniclip would not save this file, because the model takes images of four channels."""
     config = CLIPConfig(
         VisionConfig(192, 5, 3, 240, image_size=84, patch_size=12, channels=4),
         TextConfig(128, 4, 2, 300, "quick_gelu", 1e-5, 1000, 50, 998, LEGACY_EOS),

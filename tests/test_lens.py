@@ -154,7 +154,7 @@ def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
             METHODS[method](model, pixels, inputs["text"])
 
 
-def test_relevance_needs_no_gradients_of_the_caller(double):
+def test_relevance_works_if_the_caller_has_disabled_gradients(double):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     expected = relevance(model, pixels, ids)
@@ -274,7 +274,7 @@ def test_coarse_parts_are_sums_of_fine_ones(double, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
+def test_removing_a_part_from_the_stream_subtracts_it_from_the_embedding(double, tower):
     """From the residual stream, subtract what a head or a bias wrote. Then apply the last LayerNorm
     with its old scale. This way is slow, and it shares no formula with `decompose`."""
     model, inputs = double
@@ -348,7 +348,7 @@ def test_a_tower_without_projection_is_the_sum_of_its_parts(double):
     assert distance(sum(decompose(tower, x["vision"]).values()), expected) < FLOAT64
 
 
-def test_an_edit_that_the_parts_leave_out_is_an_error(double):
+def test_an_edit_that_is_not_in_the_parts_is_an_error(double):
     model, inputs = double
     x = inputs["vision"]
     with hooks(model, {"vision.blocks.1": lambda out, name: out * 1.1}):
@@ -362,7 +362,7 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_edit_in_half_precision_that_the_parts_leave_out_is_an_error(dtype):
+def test_an_edit_that_is_not_in_the_parts_is_an_error_in_half_precision_too(dtype):
     model = tiny_clip().to(dtype)
     x = random_inputs(TINY)[0].to(dtype)
     for by in ("layer", "token"):
@@ -400,7 +400,7 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
 @pytest.mark.parametrize("dtype, count", [
     (torch.float64, 1000), (torch.float32, 1000), (torch.bfloat16, 16), (torch.float16, 16),
 ])  # fmt: skip
-def test_the_sum_of_the_parts_may_differ_by_some_rounding_errors(dtype, count):
+def test_the_sum_of_the_parts_may_differ_from_the_embedding_by_some_rounding_errors(dtype, count):
     """The limit grows with the total size of the parts (here 6), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
@@ -437,7 +437,7 @@ def test_decompose_makes_no_tensor_larger_than_its_result():
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_lens_after_all_blocks_is_the_embedding(double, tower):
+def test_the_logit_lens_after_all_blocks_is_the_embedding(double, tower):
     model, inputs = double
     x = inputs[tower]
     for ln in ("recompute", "final"):
@@ -454,7 +454,7 @@ def test_the_lens_after_all_blocks_is_the_embedding(double, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_lens_after_some_blocks_is_the_output_of_a_shorter_tower(double, tower):
+def test_the_logit_lens_after_k_blocks_is_the_output_of_a_tower_of_k_blocks(double, tower):
     model, inputs = double
     x, half = inputs[tower], getattr(model, tower)
     recomputed, final = logit_lens(half, x), logit_lens(half, x, ln="final")
@@ -570,7 +570,7 @@ def test_stopping_early_runs_no_block_too_many(double):
         ("text", dict(output_fmt="NLC", return_prefix_tokens=True)),
     ],
 )
-def test_options_of_intermediates_that_make_no_sense_are_an_error(double, tower, options):
+def test_forward_intermediates_refuses_options_that_make_no_sense(double, tower, options):
     model, inputs = double
     with pytest.raises(ValueError, match="expected|for images"):
         forward_intermediates(model, inputs[tower], **options)
@@ -718,7 +718,7 @@ def test_the_drawn_input_has_the_colours_of_the_image(shapes):
         assert (np.asarray(seen(Image.fromarray(pixels), transform, scale)) == pixels).all()
 
 
-def test_the_colours_of_heat_are_those_of_inferno():
+def test_heat_has_the_colours_of_inferno():
     inferno = colormaps["inferno"]
     assert HEAT_COLOURS == tuple(to_hex(inferno(share)) for share in (0.0, 0.5, 1.0))
 
@@ -756,7 +756,7 @@ def test_a_heatmap_is_warm_where_the_map_is(shapes, monkeypatch):
 # ------------------------------------------------------------------------- how often maps are right
 
 
-def test_questions_ask_for_each_object_of_scenes_that_no_training_set_has():
+def test_questions_ask_for_each_object_of_scenes_that_are_in_no_training_set():
     asked = questions(3)
     scenes = [scene(i, seed=SCORE_SEED, count=2) for i in range(3)]
     objects = [object for drawn in scenes for object in drawn.objects]

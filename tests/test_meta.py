@@ -95,7 +95,7 @@ def test_no_method_waits_for_the_device(name, inputs):
         (FORWARD | INSTRUMENTS)[name](*inputs)
 
 
-def test_a_training_step_does_not_wait(inputs):
+def test_a_training_step_does_not_wait_for_the_device(inputs):
     model, pixels, ids = inputs
     objective = Objective(model)
     labels = torch.empty(IMAGES, dtype=torch.long, device="meta")

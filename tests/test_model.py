@@ -36,8 +36,8 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-# The tolerances of float32 logits at logit scale 100. `REORDERED` is for operations in
-# another order, on a CPU. `CUDA` is for a GPU with TF32 turned off.
+# The tolerances of float32 logits at logit scale 100. `REORDERED` is for a CPU that runs the
+# operations in another order. `CUDA` is for a GPU with TF32 turned off.
 REORDERED = 2e-5
 CUDA = 1e-4
 
@@ -138,7 +138,7 @@ def test_every_site_has_its_documented_shape():
     assert [tuple(t.shape) for t in output] == [(2, 3), (3, 2), (2, 36), (3, 36)]
 
 
-def test_quick_gelu_is_its_formula():
+def test_quick_gelu_equals_its_formula():
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     values = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
     expected = torch.tensor(values, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_attention_without_a_mask_sees_everything():
 
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
-def test_attention_is_its_formula(causal):
+def test_attention_equals_its_formula(causal):
     """The expected values come from loops over images, heads and tokens."""
     attention = Attention(12, 3, causal).double()
     randomize(attention)
@@ -294,7 +294,7 @@ TINYCLIP = {
 
 
 @pytest.mark.parametrize("name", TINYCLIP)
-def test_tinyclips_towers_have_the_size_of_their_names_and_exact_gelu(name):
+def test_tinyclips_towers_have_the_sizes_in_their_names_and_use_exact_gelu(name):
     with meta_device():
         model = CLIP(PUBLISHED[name])
     vision, text = (
@@ -479,7 +479,7 @@ def transformers_sites(theirs, pixels, ids):
 
 
 @torch.no_grad()
-def test_pattern_equals_transformers_attentions_up_to_float32():
+def test_pattern_equals_transformers_attentions_up_to_float32_rounding():
     pixels, ids = random_inputs(TINY)
     ours, theirs = twins(TINY, attention="eager", dtype=torch.float64)
     for tower, x in (("vision", pixels.double()), ("text", ids)):
@@ -631,7 +631,7 @@ EDITS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("edit", EDITS)
-def test_no_edit_of_the_scores_lets_later_tokens_in(edit):
+def test_no_edit_of_the_scores_makes_later_tokens_visible(edit):
     model, (_, ids) = tiny_clip(), random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11] = TINY.text.eos_token_id
     other = ids.clone()
@@ -854,7 +854,7 @@ def test_reading_changes_no_bit(kind, names):
 
 
 @pytest.mark.parametrize("site", ["scores", "pattern"])
-def test_reading_a_site_that_sdpa_never_makes_changes_only_the_rounding(site):
+def test_reading_scores_or_pattern_changes_only_the_rounding(site):
     model = tiny_clip()
     inputs = random_inputs(TINY)
     name = f"vision.blocks.1.attn.{site}"
@@ -906,7 +906,7 @@ def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
     assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
-    del attention.pattern.forward  # below, the method of the class is patched
+    del attention.pattern.forward  # next, `forward` is patched in the class
     assert torch.equal(attention(x), plain)
     seen = []
     monkeypatch.setattr(Site, "forward", lambda self, x: seen.append(self) or x)
@@ -947,7 +947,7 @@ def test_zeroing_a_head_equals_zeroing_its_columns_of_out_proj():
 # ---------------------------------------------------------------------------------------- gradients
 
 
-def test_every_parameter_has_transformers_gradient():
+def test_the_gradients_of_all_parameters_equal_transformers():
     ours, theirs = twins(TINY, dtype=torch.float64)
     pixels, ids = random_inputs(TINY, images=4, texts=4)
     target = torch.arange(4)

@@ -35,7 +35,7 @@ SOLUTION = re.compile(
 )
 
 # This code runs in the kernel before the notebook. It makes each warning an error. A figure
-# without a title or an axis without a name is an error too.
+# without a title is an error too, and so is an axis without a name.
 STRICT = """
 import warnings
 from matplotlib.backend_bases import FigureCanvasBase

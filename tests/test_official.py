@@ -194,7 +194,7 @@ def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
     picture = find_picture if hub is None else find_or_draw_picture
     if hub is not None:
         expected = measure(entry, theirs, picture)
-        if "file" not in entry:  # a file has more values, because its model is wider
+        if "file" not in entry:  # a file is from the real, wider model, so it has more values
             assert dict(numbers(expected)).keys() == dict(numbers(entry["expected"])).keys()
         entry = entry | {"expected": expected}
     elif entry["expected"] is None:
@@ -208,7 +208,7 @@ def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
 
 
 @pytest.mark.parametrize("hub", ["rehearsal"], indirect=True)
-def test_weights_that_are_not_openais_are_recognised(hub, monkeypatch):
+def test_weights_that_openai_did_not_publish_are_recognised(hub, monkeypatch):
     name = "openai/clip-vit-base-patch32"
     reason = strangers(name)
     assert "not OpenAI's weights" in reason and "patch32/pytorch_model.bin" in reason
@@ -232,7 +232,7 @@ def test_only_what_is_needed_is_downloaded(hub, tmp_path):
         assert {path.name for path in directory.iterdir()} == needed | {weights}
 
 
-def test_the_small_files_are_openais():
+def test_the_small_files_equal_the_files_of_openai():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])

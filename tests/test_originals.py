@@ -158,7 +158,7 @@ def test_maskclip_equals_clearclips_code(model):
     assert_equal(found, values("clearclip", "maskclip"))
 
 
-def test_patches_attend_by_another_models_features_as_in_proxyclip(model):
+def test_another_models_features_give_the_attention_pattern_as_in_proxyclip(model):
     foreign, expected = proxyclip.features(), values("proxyclip", "patches")
     assert_equal(dense_features(model, common.pixels(), by_features(foreign)), expected)
     assert_other(dense_features(model, common.pixels(), by_features(foreign, beta=1.0)), expected)

@@ -102,7 +102,7 @@ def command(*argv, **options):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_output_that_cannot_be_written_is_an_error_of_one_line():
+def test_output_that_cannot_be_written_gives_a_one_line_error():
     with open("/dev/full", "w") as full:
         done = command("tokenize", "a cat", stdout=full)
     assert done.returncode == 2

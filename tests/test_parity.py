@@ -229,7 +229,7 @@ def test_a_missing_step_of_cleaning_is_named(old, new, cause, whole):
 
 
 @pytest.mark.slow
-def test_white_space_that_is_not_squeezed_is_named(whole):
+def test_white_space_that_is_not_merged_is_named(whole):
     right = whole[0].tokenizer
 
     def faulty(texts, truncate):
@@ -271,7 +271,7 @@ def assert_tokens_differ(faulty, whole, cause):
 
 
 @pytest.mark.slow
-def test_the_other_reference_of_a_tokenizer_is_named(whole):
+def test_a_tokenizer_with_the_other_reference_is_named(whole):
     faulty = whole[0]._replace(tokenizer=Tokenizer.from_pretrained("everyday", reference="openai"))
     assert_tokens_differ(faulty, whole, "other lacks OpenAI's cleaning (ftfy, html)")
 
@@ -311,7 +311,7 @@ def settings_of(transform):
 
 
 @pytest.mark.slow
-def test_the_other_reference_of_a_transform_is_named(whole):
+def test_a_transform_with_the_other_reference_is_named(whole):
     faulty = ImageTransform(**settings_of(whole[0].transform), reference="openai")
     report = compare(whole[0]._replace(transform=faulty), whole[1])
     assert (report.first, report.cause) == ("pixels", "model has OpenAI's crop and order of steps")
@@ -320,7 +320,7 @@ def test_the_other_reference_of_a_transform_is_named(whole):
 
 
 @pytest.mark.slow
-def test_other_settings_of_a_transform_are_named(whole):
+def test_different_settings_of_a_transform_are_named(whole):
     settings = settings_of(whole[0].transform)
     faulty = ImageTransform(**settings | {"image_mean": (0.5, 0.5, 0.5)})
     report = compare(whole[0]._replace(transform=faulty), whole[1])
@@ -375,7 +375,7 @@ def raise_key_error(picture):
 
 
 def test_any_function_can_be_a_transform():
-    """A cause is found with the settings of the other transform, in either order."""
+    """A cause is found even if only one of the two transforms has settings."""
     one = ImageTransform(24)
     for function, cause in (
         (lambda picture: one(transform.to_rgb(picture).resize((24, 24), 3)), "has a resize to a"),
@@ -399,7 +399,7 @@ def test_a_tokenizer_without_truncate_is_a_difference():
 # -------------------------------------------------------------------------- shapes and tolerances
 
 
-def test_another_shape_is_named_and_another_depth_is_an_error(pair):
+def test_a_different_shape_is_named_and_a_different_depth_is_an_error(pair):
     ours, theirs = copy.deepcopy(pair[0]), pair[1]
     ours.vision.proj = nn.Linear(48, 30, bias=False)
     report = compare(ours, theirs)
@@ -485,8 +485,8 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if one model's weights were merged or rounded once more than the other's.
-    # This limit is multiplied by the tensor's largest number for logits too.
+    # `exact` is 1e-6 if one model's weights were merged, or rounded once more than the other's.
+    # For logits too, this limit is multiplied by the tensor's largest number.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
@@ -503,7 +503,7 @@ def test_half_precision_may_have_twice_the_error_of_the_other_model():
         assert (row.model_error, row.other_error) == errors
 
 
-def test_numbers_that_are_not_finite_are_infinitely_far():
+def test_non_finite_numbers_have_an_infinite_difference():
     assert row_of(SITE, 1, math.nan, 0.0)[1:4] == (math.inf, math.inf, 0.0)
     assert not row_of(SITE, 1, math.nan, 0.0).within_tolerance
 
@@ -520,7 +520,7 @@ def test_merged_weights_may_differ_by_a_millionth(pair):
 
 @torch.no_grad()
 def test_an_added_parameter_does_not_hide_a_small_fault_in_half_precision(pair):
-    """A merge changes other parameters. If none of them changed, float64 runs must agree."""
+    """A merge also changes common parameters. If none of them changed, float64 runs must agree."""
     fork = copy.deepcopy(pair[0])
     fork.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     assert compare(fork, pair[0], dtype=torch.bfloat16).first is None
@@ -528,7 +528,7 @@ def test_an_added_parameter_does_not_hide_a_small_fault_in_half_precision(pair):
     assert compare(fork, pair[0], dtype=torch.bfloat16).first == "vision.pooled"
 
 
-def test_inputs_reach_each_position_and_both_end_tokens(pair):
+def test_inputs_have_the_end_tokens_of_both_models_at_many_positions(pair):
     seen = []
     other = copy.deepcopy(pair[0])
     handle = pair[0].register_forward_pre_hook(lambda model, given: seen.append(given))
@@ -552,7 +552,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     assert not torch.equal(pixels, seeded) and not torch.equal(ids, other_ids)
 
 
-def test_nearer_counts_which_model_has_the_smaller_error():
+def test_nearer_counts_the_sites_where_each_model_has_the_smaller_error():
     def row(site, ours, theirs):
         return Difference(site, 0.0, 0.0, 0.0, ours, theirs, True)
 
@@ -700,7 +700,7 @@ def test_each_part_is_loaded_from_the_given_place(monkeypatch):
         ([__file__], "transformers loads directories"),
     ],
 )
-def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
+def test_bad_input_gives_a_one_line_error(argv, words, capsys):
     try:
         status = main(["parity", *argv])
     except SystemExit as stop:
@@ -750,7 +750,7 @@ def test_models_without_a_common_gradient_are_an_error(pair):
 
 
 @pytest.mark.slow
-def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
+def test_a_detach_or_a_changed_backward_pass_is_found_at_its_place(pair):
     """Neither fault changes the forward pass, so only `gradients=True` finds the faults."""
     ours, theirs = pair
     for change, block in ((Tensor.detach, 1), (Straight.apply, 0)):
@@ -907,7 +907,7 @@ def fork_files(tmp_path, monkeypatch, pair):
     return tmp_path
 
 
-def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
+def test_the_command_reads_a_forks_code_and_its_table_of_names(fork_files, capsys, pair):
     line = ["parity", "fork.py:build", "--against", "original", "--names", "names.json", "--grad"]
     assert main(line) == 0
     count = len([*pair[0].parameters()])

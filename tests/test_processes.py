@@ -101,7 +101,7 @@ def found(folder):
     return [torch.load(folder / f"found {rank}.pt") for rank in (0, 1)]
 
 
-def test_the_gradients_equal_one_big_batch(inputs, found):
+def test_two_processes_give_the_gradients_of_one_big_batch(inputs, found):
     for rates, dtype, chunk, engine in CASES:
         tolerance = 1e-12 if dtype == "float64" else 1e-6
         alone = three_steps(inputs, rates, dtype)
@@ -122,7 +122,7 @@ def test_the_same_captions_are_true_in_both_processes(folder, inputs, found):
     assert [each["several"] for each in found] == pytest.approx([alone] * 2, abs=1e-12)
 
 
-def test_the_gradients_of_siglips_loss_equal_one_big_batch(folder, inputs, found):
+def test_siglips_loss_gives_the_gradients_of_one_big_batch(folder, inputs, found):
     order = [0, 2, 1, 3]  # the first process gets pairs 0 and 2
     pixels, ids = (x[order] for x in inputs["pairs"])
     model = Siglip.from_pretrained(folder / "siglip", dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_the_gradients_of_siglips_loss_equal_one_big_batch(folder, inputs, found
         assert_same(each["siglip"], gradients(model), 1e-10)
 
 
-def test_torchrun_gives_the_weights_of_one_process(folder):
+def test_torchrun_gives_the_same_weights_as_one_process(folder):
     assert main(train(folder, "--out", folder / "one", "--batch", 25)) == 0
     one, two = (CLIP.from_pretrained(folder / name).state_dict() for name in ("one", "two"))
     assert_same(two, one, 1e-4)
@@ -153,7 +153,7 @@ def test_torchrun_embeds_as_one_process_does(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "options"), [("fsdp", SHARDED), ("fsdp, lora", LORA)])
-def test_sharded_weights_train_as_whole_ones_do(name, options, folder):
+def test_sharded_weights_train_like_unsharded_weights(name, options, folder):
     assert main(train(folder, "--out", folder / "alone" / name, *options)) == 0
     folders = (folder / "alone" / name, folder / name)
     one, two = (CLIP.from_pretrained(each).state_dict() for each in folders)
@@ -161,6 +161,6 @@ def test_sharded_weights_train_as_whole_ones_do(name, options, folder):
 
 
 @pytest.mark.parametrize("part", ["", "best"])
-def test_a_sharded_run_that_crashed_ends_with_the_same_bits(part, folder):
+def test_a_sharded_run_continued_after_a_crash_ends_with_the_same_bits(part, folder):
     one, two = (CLIP.from_pretrained(folder / name / part) for name in ("fsdp", "fsdp, stopped"))
     assert_equal_models(one, two)

@@ -31,7 +31,7 @@ Each notebook runs offline in under three minutes
 `load` takes the name of an embedded checkpoint, a directory
     checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
     hub: openais_own_names_load_the_repositories_of_the_hub
-    hub: a_pasted_address_is_a_name
+    hub: a_pasted_address_is_accepted_as_a_name
 `subfolder="text_encoder"` reads the text tower
     brought: a_subfolder_of_a_directory_is_read
     hub: a_subfolder_of_a_repository_is_read
@@ -44,7 +44,7 @@ logits and every block, float32, CPU
     model: float32_is_bit_equal_at_every_batch_size
 every block, head and site, float64
     model: every_site_is_the_tensor_that_its_name_says
-    model: every_parameter_has_transformers_gradient
+    model: the_gradients_of_all_parameters_equal_transformers
 both loading the same file
     checkpoint: an_official_file_gives_the_logits_of_transformers
 operations in another order
@@ -105,18 +105,18 @@ would read another model's files
     saving: a_save_over_another_checkpoint_replaces_it_or_is_an_error
 Code in a file never runs
     checkpoint: pickled_code_is_an_error_and_does_not_run
-    hostile: false_pickles_raise_an_error_or_load_as_stated
-    hostile: pickles_made_by_hand_raise_an_error_or_load_as_stated
+    hostile: faulty_pickles_raise_an_error_or_load_as_the_file_says
+    hostile: pickles_made_by_hand_raise_an_error_or_load_as_the_file_says
     layouts: a_torchscript_archive_is_read_without_its_code
 or it loads exactly as the file says
-    hostile: false_safetensors_raise_an_error_or_load_as_stated
-    hostile: a_false_index_of_shards_raises_an_error_or_loads_as_stated
-    hostile: a_false_config_raises_an_error_or_loads_as_stated
-    hostile: a_false_tokenizer_raises_an_error_or_loads_as_stated
-    hostile: a_false_transform_raises_an_error_or_loads_as_stated
+    hostile: faulty_safetensors_raise_an_error_or_load_as_the_file_says
+    hostile: a_faulty_index_of_shards_raises_an_error_or_loads_as_the_file_says
+    hostile: a_faulty_config_raises_an_error_or_loads_as_the_file_says
+    hostile: a_faulty_tokenizer_raises_an_error_or_loads_as_the_files_say
+    hostile: a_faulty_transform_raises_an_error_or_loads_as_the_file_says
     hostile: parts_that_disagree_are_an_error
 within a second of CPU time and 200 MB
-    hostile: a_named_pipe_is_an_error_and_not_waited_for
+    hostile: a_named_pipe_raises_an_error_without_waiting
     hostile: long_files_take_little_memory_and_give_short_messages
     tokenizer: a_long_run_of_marks_takes_no_quadratic_time
     tokenizer: each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token
@@ -133,7 +133,7 @@ or from one save
 The next save removes
     saving: files_of_killed_processes_are_removed_and_others_are_kept
 never publishes them
-    hub: what_a_crashed_save_left_is_not_published
+    hub: files_left_by_a_crashed_save_are_not_published
 leaves the old checkpoint or the new one
     saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new
     saving: two_saves_at_the_same_time_leave_one_whole_save
@@ -150,7 +150,7 @@ for line in TABLE.strip().splitlines():
 
 
 @pytest.mark.parametrize("words", PROMISES)
-def test_each_promise_is_made_and_its_tests_exist(words):
+def test_each_promise_is_in_the_docs_and_its_tests_exist(words):
     assert words in " ".join(" ".join(path.read_text(encoding="utf-8") for path in PLACES).split())
     assert PROMISES[words]
     for test in PROMISES[words]:

@@ -405,7 +405,7 @@ def without_features(model, pixels, site, sae, features):
 
 
 @torch.no_grad()
-def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
+def test_splicing_an_autoencoder_equals_the_papers_method(loaded, theirs, pixels):
     torch.manual_seed(0)
     sae = SparseAutoencoder(96, 200).double()
     site, features = "vision.blocks.2", [7, 120]

@@ -292,7 +292,7 @@ def test_the_runs_change_every_field_of_a_recipe():
     assert {field.name for field in fields(Recipe)} - switched == elsewhere
 
 
-def test_logits_stay_within_100_times_a_cosine(tmp_path):
+def test_the_logit_scale_is_limited_to_100(tmp_path):
     ours, peer, tokenizer = two_models(logit_scale=math.log(300))
     train(ours, tokenizer, TRANSFORM, Spots(), replace(BASE, epochs=1), tmp_path)
     plain_run(peer, tokenizer, Spots(), replace(BASE, epochs=1))

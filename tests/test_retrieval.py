@@ -270,7 +270,7 @@ def test_rows_that_are_not_unit_vectors_are_an_error(value):
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
-def test_a_named_pipe_is_an_error_and_not_waited_for(tmp_path, name):
+def test_a_named_pipe_gives_an_error_without_waiting(tmp_path, name):
     os.mkfifo(tmp_path / name)
     blots(1).save(tmp_path / "a.png")
     pictures, damage = find_pictures([tmp_path / name, tmp_path])

@@ -1027,7 +1027,7 @@ def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
         ([".", "--device", "warp"], "device"),
     ],
 )
-def test_bad_input_is_an_error_of_one_line(args, reason, tmp_path, monkeypatch, capsys):
+def test_bad_input_gives_a_one_line_error(args, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.json").write_text('{"speed": 1}')
     (tmp_path / "typed.json").write_text('{"epochs": "3"}')

@@ -283,7 +283,7 @@ SLIPS = [
         "The text tower of open_clip's CustomTextCLIP is read without its prefix.",
         'f"text.{theirs}" if ours',
         'f"{theirs}" if ours',
-        "tests/test_layouts.py -k test_open_clips_layout_is_read",
+        "tests/test_layouts.py -k test_the_layout_of_open_clip_is_read",
     ),
     Slip(
         "Weights from training on several GPUs are not recognised.",
@@ -355,7 +355,7 @@ SLIPS = [
         "open_clip's initial logit scale is ignored.",
         'if scale := model.get("init_logit_scale"):',
         "if scale := None:",
-        "tests/test_layouts.py -k other_fields",
+        "tests/test_layouts.py -k optional_fields",
     ),
     Slip(
         "open_clip's patches have 32 pixels by default.",
@@ -379,7 +379,7 @@ SLIPS = [
         "open_clip's end token is ignored.",
         "eos_id if at_end else LEGACY_EOS",
         "LEGACY_EOS",
-        "tests/test_layouts.py -k other_fields",
+        "tests/test_layouts.py -k optional_fields",
     ),
     Slip(
         "Average pooling is accepted from open_clip.",
@@ -409,7 +409,7 @@ SLIPS = [
         "An MLP is one neuron narrower after open_clip's rounding.",
         "ratio *= 1 + 2**-50",
         "pass",
-        "tests/test_layouts.py -k gives_back",
+        "tests/test_layouts.py -k restored_from",
     ),
     Slip(
         "open_clip's mean is read as its standard deviation.",
@@ -643,7 +643,7 @@ SLIPS = [
         "A processor's settings are not downloaded.",
         '["preprocessor_config.json", "processor_config.json", "open_clip_config.json"]',
         '["preprocessor_config.json", "open_clip_config.json"]',
-        "tests/test_hub.py -k its_files",
+        "tests/test_hub.py -k any_file",
     ),
     Slip(
         "A file counts as damaged if its mirror names files by plain SHA-1.",
@@ -1021,7 +1021,7 @@ SLIPS = [
         "timm's config is read as a CLIP's.",
         ' and "architecture" in read_json(config))',
         " and False)",
-        "tests/test_hub.py -k timms",
+        "tests/test_hub.py -k timm_repository",
     ),
     Slip(
         "A read-only cache folder raises an error.",

@@ -43,7 +43,7 @@ MODEL = [
         "Fused attention is used although the pattern has hooks.",
         "if self.eager or is_watched(self.scores) or is_watched(self.pattern):",
         "if self.eager or is_watched(self.scores):",
-        "tests/test_model.py -k 'watched or sdpa_never_makes'",
+        "tests/test_model.py -k 'watched or scores_or_pattern'",
     ),
     Slip(
         "QuickGELU's constant is 1.7, not 1.702.",
@@ -55,7 +55,7 @@ MODEL = [
         "Eager attention does not scale the scores.",
         "self.scores(q @ k.transpose(-2, -1) * self.head_width**-0.5)",
         "self.scores(q @ k.transpose(-2, -1))",
-        "tests/test_model.py -k attention_is_its_formula",
+        "tests/test_model.py -k attention_equals_its_formula",
     ),
     Slip(
         "In eager attention a token sees the next token.",
@@ -73,7 +73,7 @@ MODEL = [
         "The scores are masked before the hooks see them.",
         "            scores = scores.masked_fill(future, -torch.inf)\n",
         "            scores = self.scores(scores.masked_fill(future, -torch.inf))\n",
-        "tests/test_model.py -k 'lets_later or temperature'",
+        "tests/test_model.py -k 'later_tokens_visible or temperature'",
     ),
     Slip(
         "Fused attention has no mask.",
@@ -750,7 +750,7 @@ LENS = [
         "The lens always normalises a stream by its own length.",
         'if ln == "recompute":',
         'if ln != "final!":',
-        "tests/test_lens.py -k shorter_tower",
+        "tests/test_lens.py -k tower_of_k_blocks",
     ),
     Slip(
         "`stop_early` stops one block too late.",
