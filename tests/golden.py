@@ -1,8 +1,8 @@
 """Compute the values of golden_values.json, which other projects recorded with OpenAI's weights.
 
 Each entry has a measure: a function with the entry's name. It uses either miniclip or transformers,
-and returns numbers in the form of the entry's `expected`. If the weights are not OpenAI's, the
-numbers of transformers are the expected ones.
+and returns numbers in the form of the entry's `expected`. If the weights are not OpenAI's,
+transformers computes the expected numbers.
 """
 
 import json
@@ -361,7 +361,7 @@ def measure(
     sides: Callable[[str], Side],
     picture: Callable[[str], Image.Image] = find_picture,
 ) -> Any:
-    """Run an entry's measure. The result has JSON's types, as the entry's `expected` has."""
+    """Run an entry's measure. The result has JSON's types, like the entry's `expected`."""
     value = MEASURES[entry["id"]](sides, entry, picture)
     return json.loads(json.dumps(value, default=torch.Tensor.tolist))
 

@@ -70,7 +70,7 @@ def rows_of(*contenders, **fields):
     return {row.contender: row for row in measure(case(*contenders, **fields), seconds=0)}
 
 
-def test_costs_are_medians_and_ratios_are_taken_within_rounds():
+def test_a_cost_is_a_median_and_ratios_are_taken_within_rounds():
     # The first trial gives the output. The next three are warm-up, and the others are measured.
     ours = [9.0] * 4 + [1.0, 2.0, 4.0]
     theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times the costs in `ours`
@@ -141,7 +141,7 @@ def test_a_nan_in_our_own_output_is_an_error():
         rows_of(ours, contender("theirs", [1.0], torch.ones(2, 3)))
 
 
-def test_the_distance_of_two_outputs_is_that_of_the_worst_row():
+def test_the_distance_of_two_outputs_is_the_distance_of_the_worst_row():
     one = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
     other = one + torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     assert distance(one, other) == pytest.approx(1 / math.hypot(6, 9))
@@ -331,7 +331,7 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
     assert events == ["invented", "timed"]
 
 
-def test_matrix_products_alone_take_the_fastest_implementation(setting, monkeypatch):
+def test_matrix_products_are_measured_with_the_fastest_implementation(setting, monkeypatch):
     """PyTorch has up to three implementations of the product: its own, oneDNN's and MKL's."""
     costs = []
 
@@ -364,7 +364,7 @@ def test_padding_is_not_compared(setting):
     assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
 
 
-def test_matrix_products_alone_are_all_products_with_a_weight(setting, monkeypatch):
+def test_the_row_of_matrix_products_alone_counts_every_product_with_a_weight(setting, monkeypatch):
     """All products of the tower are counted, except for the two products inside attention."""
     counted = []
     monkeypatch.setattr(
@@ -451,7 +451,7 @@ def test_compiled_encoders_come_first(device, mode, monkeypatch, tmp_path):
     assert log == [*waits, ("open_clip", True), *waits]
 
 
-def test_the_libraries_read_one_checkpoint_in_one_precision(monkeypatch, tmp_path):
+def test_all_libraries_read_the_same_checkpoint_in_the_same_precision(monkeypatch, tmp_path):
     monkeypatch.setattr(material, "libraries", lambda *given: given)
     setting = Setting(tmp_path, SHAPE, "tiny", "cuda:1", torch.bfloat16, False, 3)
     assert setting.libraries == (tmp_path, "cuda:1", torch.bfloat16)
@@ -706,7 +706,7 @@ def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert {row["contender"] for row in compiled} >= {"miniclip, compiled", "transformers"}
 
 
-def test_the_large_product_stands_for_the_work_of_256_images(monkeypatch):
+def test_the_cost_of_the_large_product_is_scaled_to_the_work_of_256_images(monkeypatch):
     costs = itertools.count(1.0)
     monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
     ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
@@ -763,7 +763,7 @@ def test_growth_measures_every_axis_at_two_sizes(grown):
 
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 26), ("vision", 101), ("text", 256)])
-def test_the_theory_of_growth_counts_attention(grown, tower, tokens):
+def test_the_theoretical_growth_includes_attention(grown, tower, tokens):
     """For T tokens and width W, attention adds 2 T^2 W multiply-adds to each block."""
     axis = "pixels along a side" if tower == "vision" else "tokens of a text"
     config = getattr(SHAPE, tower)
@@ -780,7 +780,7 @@ def test_growth_compares_each_size_with_the_one_before():
     assert cells == ["ms", "0.50", "2.00"]
 
 
-def test_the_memory_of_growth_is_the_memory_of_the_work():
+def test_growth_measures_the_memory_that_the_work_takes():
     took = memory_of(lambda: torch.ones(64, 2**20), "cpu")
     assert took is None or 0.9 < took / 2**28 < 1.2
 

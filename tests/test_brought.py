@@ -86,13 +86,13 @@ def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, pho
 
 
 @pytest.mark.parametrize("mode", ["longest", "crop"])
-def test_another_resize_mode_is_an_error_that_names_it(tmp_path, mode):
+def test_the_error_for_another_resize_mode_names_the_mode(tmp_path, mode):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode=mode))
     with pytest.raises(CheckpointError, match=f"resize_mode is '{mode}'; expected 'shortest'"):
         ImageTransform.from_pretrained(tmp_path)
 
 
-def test_two_files_that_disagree_about_the_pixels_are_named(tmp_path):
+def test_a_warning_names_two_files_that_disagree_about_the_pixels(tmp_path):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     ImageTransform(40).save_pretrained(tmp_path / "beside")
     write(
@@ -141,7 +141,7 @@ LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])
 
 
 @torch.no_grad()
-def test_metaclip_2_reads_a_text_at_its_first_token_2(metaclip, tmp_path):
+def test_metaclip_2_reads_a_text_at_its_first_token_with_id_2(metaclip, tmp_path):
     peer, directory = metaclip
     said = r"not CLIP's, so.*AutoTokenizer.from_pretrained\('.*metaclip'\)"
     with pytest.warns(UserWarning, match=said) as warned:
@@ -187,7 +187,7 @@ def test_open_clips_worldwide_models_are_read(metaclip, tmp_path):
     assert loaded.tokenizer is None
 
 
-def test_a_vocabulary_of_ours_with_a_literal_end_token_is_kept(tmp_path):
+def test_our_own_vocabulary_with_a_literal_end_token_is_loaded(tmp_path):
     plain = Tokenizer.train(["a photo of a cat"], 600)
     end = plain.tokens([2])[0]
     tokenizer = Tokenizer(plain.vocab, plain.merges, added=plain.added, eos_token=end)
@@ -196,7 +196,7 @@ def test_a_vocabulary_of_ours_with_a_literal_end_token_is_kept(tmp_path):
     assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
 
 
-def test_a_model_of_open_clips_that_pools_at_clips_end_token_has_a_tokenizer(tmp_path):
+def test_an_open_clip_model_that_pools_at_the_end_token_of_clip_has_a_tokenizer(tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat"], 600, context_length=20)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
     vision = replace(TINY.vision, width=64, heads=1)
@@ -286,7 +286,7 @@ def test_clip_gs_text_tower_alone_has_the_published_config(tmp_path, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keep", [half("text"), lambda name: True], ids=["clip_l", "whole"])
-def test_shapes_that_were_published_with_two_activations_need_a_config(tmp_path, layout, keep):
+def test_shapes_published_with_different_activations_need_a_config(tmp_path, layout, keep):
     path = write_zeros(tmp_path / "clip_l.safetensors", L14, layout, keep)
     said = r"laion/CLIP-ViT-L-14\S+ \(gelu\) and openai/clip-vit-large\S+ \(quick_gelu\).*config="
     with pytest.raises(CheckpointError, match=said):
@@ -301,7 +301,7 @@ def test_shapes_that_were_published_with_two_activations_need_a_config(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_whole_clip_of_unambiguous_shapes_needs_no_config(tmp_path):
+def test_a_file_with_both_towers_and_unambiguous_shapes_needs_no_config(tmp_path):
     path = write_zeros(tmp_path / "x.safetensors", G14, "transformers")
     with pytest.warns(UserWarning, match="laion/CLIP-ViT-g-14.*16 vision heads and 16 text heads"):
         config = CLIPConfig.from_pretrained(path)
@@ -524,7 +524,7 @@ def xsmall():
     return model
 
 
-def test_timms_vision_tower_is_read(tmp_path, xsmall):
+def test_a_timm_vision_tower_is_read(tmp_path, xsmall):
     settings = {"architecture": "vit_xsmall_patch16_clip_224", "num_classes": 32}
     write(tmp_path / "config.json", settings | {"pretrained_cfg": {"tag": "tinyclip_yfcc15m"}})
     tensors = timm_tensors(xsmall)
@@ -565,7 +565,7 @@ def test_timms_vision_tower_is_read(tmp_path, xsmall):
         ("vit_gigantic_patch14_clip_224.metaclip2_worldwide", "gelu"),
     ],
 )
-def test_timms_weights_with_another_activation_than_their_architecture_are_an_error(name, act):
+def test_timm_weights_whose_activation_contradicts_the_architecture_are_an_error(name, act):
     architecture, tag = name.split(".")
     for architecture in (architecture, name):  # timm may write the tag twice
         settings = {"architecture": architecture, "pretrained_cfg": {"tag": tag}}
@@ -577,7 +577,7 @@ def test_timms_weights_with_another_activation_than_their_architecture_are_an_er
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["head in the trunk", "head outside"])
-def test_timms_vision_tower_in_open_clips_file_is_read(tmp_path, xsmall, outside):
+def test_a_timm_vision_tower_in_an_open_clip_file_is_read(tmp_path, xsmall, outside):
     """The file is like open_clip's MobileCLIP2-L-14, but with a causal mask."""
     xsmall.save_pretrained(tmp_path, layout="open_clip")
     path, weights = tmp_path / "open_clip_config.json", tmp_path / "open_clip_model.safetensors"
@@ -745,7 +745,7 @@ def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tm
     assert torch.equal(mended.encode_text(ids), theirs.get_text_features(ids).pooler_output)
     assert not torch.allclose(mended.encode_text(ids), legacy.encode_text(ids))
     row = legacy.text.token_embed.weight[520:]
-    ours = add_tokens(model, row)  # add_tokens sets the end token itself
+    ours = add_tokens(model, row)  # add_tokens itself sets the end token
     aligned = copy.deepcopy(mended)  # MKL may round memory-mapped weights differently on some CPUs
     assert torch.equal(ours.encode_text(ids), aligned.encode_text(ids))
 
@@ -817,7 +817,7 @@ def test_immich_11017_a_space_around_a_models_name_is_reported(name):
 
 
 def test_clip_retrieval_352_a_text_file_beside_an_image_is_its_caption(tmp_path):
-    """img2dataset writes a text file beside each image. Its numbered folders are not classes."""
+    """img2dataset writes a text file beside each image. The numbered folders are not classes."""
     for i in range(4):
         folder = tmp_path / f"0000{i // 2}"
         folder.mkdir(exist_ok=True)

@@ -276,7 +276,7 @@ DTYPES = (
 
 
 @ZIPPED
-def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
+def test_pickled_tensors_are_read_as_torch_reads_them(tmp_path, zipped):
     """The tensors have all dtypes. Some are views of others, such as a transpose or a slice."""
     whole = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     tensors = {str(dtype): torch.tensor([[0, 1, 2], [3, 5, 117]]).to(dtype) for dtype in DTYPES}
@@ -301,7 +301,7 @@ def test_a_pickle_may_have_a_tensor_under_two_names_but_not_three(tmp_path):
 
 
 @ZIPPED
-def test_what_training_saves_beside_the_tensors_is_ignored(tmp_path, zipped):
+def test_training_state_beside_the_tensors_is_ignored(tmp_path, zipped):
     """An optimizer's state has numbers as keys, and a scheduler's state has a Counter."""
     from collections import Counter
 
@@ -415,7 +415,7 @@ def test_position_ids_are_checked_and_dropped(model, saved):
         ("audio_model.embeddings.position_ids", torch.arange(26), "unexpected: audio_model"),
     ],
 )
-def test_position_ids_need_whole_numbers_and_a_tower(model, saved, name, ids, complaint):
+def test_position_ids_must_be_integers_and_belong_to_a_tower(model, saved, name, ids, complaint):
     rewrite(saved, lambda tensors: tensors.update({name: ids}))
     if complaint is None:
         return assert_same_weights(CLIP.from_pretrained(saved), model)
@@ -826,8 +826,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path
     assert load(tmp_path).tokenizer.vocab_size == 600
 
 
-def test_a_tokenizer_with_another_end_token_than_the_models_is_an_error(model, tmp_path):
-    """Without the error, no text has an end token that the model knows."""
+def test_a_tokenizer_and_a_model_with_different_end_tokens_are_an_error(model, tmp_path):
+    """Without the error, no text would have an end token that the model knows."""
     tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
     says = f"ends a text with the id {tokenizer.eos_token_id}, but .* eos_token_id 599"
     with pytest.raises(CheckpointError, match=f"not saved: the tokenizer {says}"):
@@ -942,7 +942,7 @@ def test_a_revision_of_a_checkpoint_that_is_not_from_the_hub_is_an_error(read, t
     read(commit, revision="c0ffee")
 
 
-def test_an_embedded_name_wins_over_a_directory(saved, monkeypatch):
+def test_the_name_of_an_embedded_checkpoint_wins_over_a_directory(saved, monkeypatch):
     saved.rename(saved.parent / "everyday")
     monkeypatch.chdir(saved.parent)
     assert CLIP.from_pretrained("./everyday").config == TINY

@@ -152,7 +152,7 @@ def forget_matplotlib(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_demo_without_its_extra_describes_only_the_scene(run, tmp_path, monkeypatch):
+def test_demo_only_describes_the_scene_if_its_extra_is_not_installed(run, tmp_path, monkeypatch):
     forget_matplotlib(monkeypatch)
     status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
     assert status == 0 and "a drawn scene" in out and "chelsea" not in out
@@ -261,11 +261,11 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )
-def test_explain_options_that_make_no_sense_are_an_error(run, options, words):
+def test_options_of_explain_that_make_no_sense_are_an_error(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
-def test_explain_names_what_it_cannot_explain(run, picture, tmp_path):
+def test_explain_names_the_argument_that_it_cannot_use(run, picture, tmp_path):
     command = ["explain", picture, "a cat", "--model", "shapes", "-o", str(tmp_path / "a.png")]
     assert_one_line_error(run(*command, "--method", "smoothgrad"), "smoothgrad", "rollout")
     assert_one_line_error(run(*command[:3], "word " * 500, *command[3:]), "tokens")
@@ -284,7 +284,7 @@ def test_explain_reports_at_once_that_it_cannot_write(run, tmp_path, name):
     assert_one_line_error(result, lost, "cannot be written")
 
 
-def test_explain_without_its_extra_writes_only_json(run, picture, monkeypatch):
+def test_explain_can_only_write_json_if_its_extra_is_not_installed(run, picture, monkeypatch):
     forget_matplotlib(monkeypatch)
     command = ["explain", picture, "a cat", "--model", "shapes"]
     assert_one_line_error(run(*command), "miniclip[demo]")
@@ -398,7 +398,7 @@ def photographs(tmp_path):
     return root
 
 
-def test_eval_counts_what_the_classifier_says(run, photographs):
+def test_eval_counts_the_answers_of_the_classifier(run, photographs):
     command = [
         "eval",
         str(photographs),
@@ -542,7 +542,7 @@ def test_classify_prints_a_bar_for_each_label(run, picture, monkeypatch):
     assert run(*command) == (0, RANKING.replace("PICTURE", picture), "")
 
 
-def test_a_table_keeps_its_columns_in_every_script(run, picture):
+def test_a_table_keeps_its_columns_in_every_writing_system(run, picture):
     labels = ["cat", "猫", "고양이", "word " * 12 + "猫"]
     command = ["classify", picture, "--model", "everyday", "--labels", *labels]
     lines = run(*command)[1].splitlines()[1:]
@@ -843,7 +843,7 @@ STRANGE = "a\nb\x1b[31m\udcff.png"
 
 
 @pytest.mark.parametrize(("is_terminal", "seconds"), [(True, 2), (False, 30)])
-def test_a_terminal_shows_a_bar_after_two_seconds_and_a_log_a_line_every_thirty(
+def test_a_terminal_gets_a_bar_after_two_seconds_and_a_log_gets_a_line_every_thirty(
     is_terminal, seconds, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)

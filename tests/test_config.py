@@ -117,7 +117,7 @@ def test_transformers_reads_sparse_configs_in_the_same_way(config):
 
 
 @pytest.mark.parametrize("tower, default", [("text", 512), ("vision", 768)])
-def test_an_old_style_section_replaces_the_new_one_and_its_defaults_count(tower, default):
+def test_an_old_style_section_with_its_defaults_replaces_the_new_section(tower, default):
     config = CLIPConfig().to_dict()
     config[f"{tower}_config"] |= {"hidden_size": 96, "num_hidden_layers": 3}
     config[f"{tower}_config_dict"] = {"num_hidden_layers": 5}
@@ -255,7 +255,7 @@ def test_transformers_cannot_load_a_model_that_it_would_run_wrongly(change):
         transformers.CLIPModel(transformers.CLIPConfig.from_dict(written))
 
 
-def test_fields_beyond_clip_have_the_names_of_transformers_other_models():
+def test_fields_beyond_clip_are_named_as_in_other_models_of_transformers():
     vision = VisionConfig(registers=3, head_width=16)
     written = CLIPConfig(vision=vision).to_dict()["vision_config"]
     theirs = transformers.Dinov2WithRegistersConfig(num_register_tokens=3).to_dict()
@@ -353,8 +353,8 @@ def open_clips(embed_dim, vision, text, quick_gelu=True):
     }
 
 
-# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). A fifth
-# number of a vision tower is its head_width, and a sixth number is its mlp_ratio.
+# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). If a
+# vision tower has a fifth number, it is the head_width. A sixth number is the mlp_ratio.
 AS_PUBLISHED = {
     "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
     "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),

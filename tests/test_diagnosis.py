@@ -351,7 +351,7 @@ class QuickGELU"""
 
 BOTH_STEPS = """x = self.resid_mid(x + self.attn(self.ln_1(x)))
         return x + self.mlp(self.ln_2(x))"""
-# For each fork: old and new snippets, the first site that differs, and how the cause begins.
+# For each fork: old and new snippets, the first site that differs, and the first words of `cause`.
 CODE = {
     "no_mask_in_the_fused_kernel": (
         "is_causal=self.causal", "is_causal=False",

@@ -390,14 +390,14 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_a_fault_is_found_by_its_name(name, side):
+def test_a_fault_is_reported_by_its_name(name, side):
     site, cause = name.split(" | ")
     wrong = side._replace(tensors={**side.tensors, site: FOUND[name](Seen(side))})
     assert cause_in_model(site, wrong, side) == f"model has {cause.strip()}"
     assert cause_in_model(site, side, wrong) == f"other has {cause.strip()}"
 
 
-def test_texts_read_at_their_largest_id_are_named(side):
+def test_reading_texts_at_their_largest_id_is_named(side):
     """In OpenAI's vocabulary the end token has the largest id. Here its id is 300."""
     ids = side.tensors["ids"]
     ids = ids.masked_fill(ids == 300, 301).masked_fill(ids == 599, 300)
@@ -530,7 +530,7 @@ def cut_without_an_end(ids):
         (cut_without_an_end, "the end token is 5 in model, 1636 in other"),
     ],
 )
-def test_another_length_start_or_end_token_is_named(change, cause, tokenizer):
+def test_a_different_length_or_start_token_or_end_token_is_named(change, cause, tokenizer):
     def right(texts):
         return tokenizer(texts, truncate=True)
 
@@ -622,7 +622,7 @@ def test_every_fault_of_images_has_a_test():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", FAULTS_OF_PIXELS)
-def test_a_fault_of_images_is_found_by_its_name(cause, drawn):
+def test_a_fault_of_images_is_reported_by_its_name(cause, drawn):
     pictures, right = drawn
     wrong = [torch.from_numpy(FAULTS_OF_PIXELS[cause](picture)).float() for picture in pictures]
     assert cause_in_pixels(RIGHT, None, wrong, right) == f"model has {cause}"
@@ -636,7 +636,7 @@ def test_a_fault_of_images_is_found_by_its_name(cause, drawn):
         ("image_std", (0.2, 0.3, 0.3)), ("reference", "openai"),
     ],
 )  # fmt: skip
-def test_a_setting_of_a_transform_that_differs_is_named(field, value):
+def test_a_setting_that_differs_between_transforms_is_named(field, value):
     fields = ("size", "crop_size", "image_mean", "image_std", "reference")
     other = ImageTransform(**{name: getattr(RIGHT, name) for name in fields} | {field: value})
     words = f"{field} is {getattr(RIGHT, field)} in model, {value} in other"

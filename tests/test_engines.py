@@ -52,7 +52,7 @@ PIXELS, IDS = random_inputs(TINY)
 @EXPORTER
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "eager"])
-def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, caplog):
+def test_an_engine_gives_the_same_numbers_as_the_tower_for_every_size(name, model, capfd, caplog):
     if missing := ENGINES[name].missing:
         pytest.skip(f"needs {', '.join(missing)}")
     if name.startswith("compile") and not shutil.which(os.environ.get("CXX", "g++")):
@@ -261,7 +261,7 @@ def test_a_fork_with_its_own_encode_image_is_an_error():
 
 
 def raise_own_error(tower):
-    raise Exception("not implemented")  # as ONNX Runtime's errors, not a RuntimeError
+    raise Exception("not implemented")  # like ONNX Runtime's errors, this is not a RuntimeError
 
 
 def test_auto_takes_the_fastest_correct_engine(monkeypatch, model):

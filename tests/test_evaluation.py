@@ -96,7 +96,7 @@ def test_cached_embeddings_are_an_index_and_cached_features_are_not(loaded, pict
         Index.load(features).load_encoder()
 
 
-def test_a_fork_that_projects_in_its_own_way_has_only_embeddings(loaded, pictures):
+def test_a_fork_with_its_own_projection_gives_only_proj(loaded, pictures):
     model = CLIP(loaded.model.config)
     model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 128)
     found = picture_features(loaded._replace(model=model), pictures)
@@ -139,7 +139,7 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     assert max(expected[0]) > 2 and max(expected[1]) > 2
 
 
-def test_ranks_are_exact_if_torch_rounds_products_to_bfloat16():
+def test_ranks_are_exact_even_if_torch_rounds_products_to_bfloat16():
     torch.manual_seed(0)
     images = unit_norm(torch.randn(300, 64))
     texts, image_of = unit_norm(images + 0.5 * torch.randn(300, 64)), torch.arange(300)
@@ -159,7 +159,7 @@ class WithMetric(CLIP):
         return super().score(image_embeds.flip(-1), text_embeds)
 
 
-def test_ranks_follow_a_score_that_grows_with_the_cosine(loaded, pictures):
+def test_a_score_that_grows_with_the_cosine_gives_the_same_ranks(loaded, pictures):
     features, captions = picture_features(loaded, pictures), [[c] for c in ("a", "b", "c", "d")]
     expected = caption_ranks(loaded, captions, features)
     for kind in (WithBias, WithMetric):
@@ -354,7 +354,7 @@ def blobs():
 
 
 @pytest.mark.slow
-def test_the_probe_equals_that_of_scikit_learn(blobs):
+def test_the_probe_equals_scikit_learns_logistic_regression(blobs):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, test = blobs
     assert linear.MOST_STEPS == 1000  # CLIP's paper, appendix A.3
@@ -368,7 +368,7 @@ def test_the_probe_equals_that_of_scikit_learn(blobs):
         linear.fit_probe(train.of(train.classes == 1), 0.3, count=4)
 
 
-def test_from_text_minimises_the_documented_loss(blobs):
+def test_fit_from_text_minimises_the_documented_loss(blobs):
     pytest.importorskip("scipy")
     train, test = blobs
     weights = torch.randn(3, 5)
@@ -383,7 +383,7 @@ def test_from_text_minimises_the_documented_loss(blobs):
 
 
 @pytest.mark.parametrize("peak", [-48, -31, 0, 5, 33, 48])
-def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
+def test_the_search_finds_the_exponent_of_the_best_strength_to_an_eighth(peak):
     tried = []
 
     def accuracy(strength):
@@ -411,7 +411,7 @@ def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blob
 
 def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
     train, test = blobs
-    test = test.of(torch.arange(5))  # their classes are 0, 1, 2, 0 and 1
+    test = test.of(torch.arange(5))  # five examples, with the classes 0, 1, 2, 0 and 1
     draws, sizes = {}, set()
 
     def fit(examples, strength):

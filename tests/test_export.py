@@ -1,8 +1,9 @@
 """A compiled, an exported and an ONNX graph return the same numbers as the model.
 
 A graph is made with one batch size and one text length, and tested with other sizes. The tests use
-both rules for end tokens. Exporters are known to lose the causal mask, which can change a
-probability from 0.99 to 0.41. Therefore each comparison has a control: a model without the mask.
+both rules for the end token: the config's id, or a text's largest id. Exporters are known to lose
+the causal mask, which can change a probability from 0.99 to 0.41. Therefore each comparison has a
+control: a model without the mask.
 """
 
 import copy

@@ -52,7 +52,7 @@ def widths(axes):
     return [bar.get_width() for bar in axes.patches]
 
 
-def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
+def test_each_row_of_a_matrix_has_the_percentages_of_a_true_class(drawn):
     confusion = torch.tensor([[6, 1, 3], [2, 2, 0], [0, 0, 0]])
     result = Evaluation(["cat", "dog", "a ship " * 9], confusion, confusion.diagonal(), [], bins())
     figure = drawn(draw_confusion, result)
@@ -74,7 +74,7 @@ def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
     assert "calibration error 18.8%" in below.get_title(loc="left")
 
 
-def test_many_classes_have_a_dot_for_each_confusion(drawn):
+def test_with_many_classes_the_figure_has_a_dot_for_each_confusion(drawn):
     confusion = torch.eye(50, dtype=torch.int64)
     confusion[3, 40], confusion[7, 9] = 4, 1
     result = Evaluation(["a"] * 50, confusion, confusion.diagonal(), [], bins())
@@ -97,7 +97,7 @@ def test_curves_are_the_metrics_of_the_run(drawn):
         assert [*line.get_ydata()] == [row[name] for row in rows]
 
 
-def test_a_report_has_the_best_score_throughput_and_memory(drawn):
+def test_a_report_shows_the_best_score_and_the_throughput_and_the_memory(drawn):
     rows = [
         {"step": i, "loss": 1.0, "pairs_per_second": 10.0 + i, "peak_gib": 2.0 + i}
         for i in range(4)
@@ -116,7 +116,7 @@ def test_a_report_has_the_best_score_throughput_and_memory(drawn):
     assert throughput.get_ylim()[0] == memory.get_ylim()[0] == 0
 
 
-def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
+def test_the_demo_draws_probabilities_as_bars_and_heat_maps_over_grey_images(drawn):
     picture = Image.new("RGB", (8, 8), "red")
     scores = [Score(f"label {i}", 3 - i, share) for i, share in enumerate((0.5, 0.3, 0.2))]
     mask = torch.zeros(8, 8, dtype=torch.bool)
@@ -180,7 +180,7 @@ def test_the_maps_of_one_method_have_one_scale(drawn):
     assert half == list(overlay(picture, heats[1], warmest=1.0).getpixel((4, 4))) != full
 
 
-def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):
+def test_bench_ratios_are_bars_that_start_at_one_and_show_quartiles(drawn):
     def row(contender, difference, ratio):
         return Row("vision", "2 images", 2, "images", contender, difference, (1, 1, 1), ratio)
 

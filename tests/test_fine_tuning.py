@@ -103,7 +103,7 @@ def test_a_frozen_logit_scale_is_not_clamped(fixed, tmp_path):
     assert model.logit_scale.item() == 5.0
 
 
-def test_two_runs_do_not_write_one_folder(tmp_path):
+def test_two_runs_cannot_write_to_the_same_folder(tmp_path):
     with only_writer(tmp_path / "out"):
         with pytest.raises(ValueError, match="another process is writing here"):
             run(tmp_path / "out", QUICK)
@@ -188,7 +188,7 @@ def by_weight(loaded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_crashed_run_ends_with_the_same_bits_for_each_option(name, tmp_path, monkeypatch):
+def test_a_continued_run_ends_with_the_same_bits_for_each_option(name, tmp_path, monkeypatch):
     recipe = replace(QUICK, val_every=2, **OPTIONS[name])
     expected = run(tmp_path / "whole", recipe, validate=by_weight)
     restore = crash_in(4, monkeypatch)
@@ -246,7 +246,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
 
 
 def test_held_out_data_is_measured_at_the_end_of_each_epoch_and_changes_nothing(tmp_path):
-    recipe = replace(QUICK, patch_dropout=0.5, full_epochs=0)  # validation does not end the dropout
+    recipe = replace(QUICK, patch_dropout=0.5, full_epochs=0)  # dropout continues after validation
     expected = run(tmp_path / "without", recipe)
     found = run(tmp_path / "with", recipe, validate=by_weight)
     assert_equal_models(found, expected)
@@ -304,7 +304,7 @@ def test_a_folder_called_shapes_is_not_the_drawn_world(tmp_path, monkeypatch):
 
 
 def test_folders_of_splits_are_not_classes(tmp_path):
-    """A folder one level too high would teach "a photo of a train.", and score it."""
+    """With a folder one level too high, "train" would be a class, in training and in scoring."""
     for name in ("all/train/cat", "all/train/dog", "all/test/cat", "all/test/dog", "one/cat"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
@@ -358,7 +358,7 @@ def test_tensorboard_has_each_step_once_even_after_a_crash(tmp_path, monkeypatch
         assert found == [(row["step"], pytest.approx(row[name])) for row in rows]
 
 
-def test_a_log_without_its_library_is_an_error(tmp_path, monkeypatch):
+def test_a_log_is_an_error_if_its_library_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
         run(tmp_path, QUICK, log="tensorboard")
@@ -377,7 +377,7 @@ def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_seconds_of_a_row_count_only_training(tmp_path, monkeypatch):
+def test_a_row_counts_only_the_seconds_of_training(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
 

@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
-    """Return a function that runs a command in an empty folder: a key of LINES, or a line."""
+    """Return a function that runs `line`, or LINES[line] if it exists, in an empty folder."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,7 @@ def test_the_revision_reaches_the_hub(run, no_hub, name):
 
 
 @pytest.mark.parametrize("name", WITH_DEFAULT_MODEL)
-def test_the_default_model_is_openais(run, no_hub, name):
+def test_the_default_model_is_from_openai(run, no_hub, name):
     line = LINES[name].replace("--model", "").replace("MODEL", "")
     assert_error(run(line), f"asked for {OFFICIAL} at None")
 
@@ -316,7 +316,7 @@ def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
     assert ids == tokenizer.encode("a photo of a cat")
 
 
-def test_classify_uses_each_given_template_or_openais(output):
+def test_classify_uses_each_given_template_or_the_template_of_openai(output):
     line = "classify PICTURE --labels cat dog --model MODEL"
     usual = output(line)
     assert usual == output(f"{line} --template 'a photo of a {{}}.'")

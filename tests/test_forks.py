@@ -115,13 +115,13 @@ MASK_KEPT = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
+def test_a_comparison_removes_tensors_that_a_forward_pass_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
     same(*random_inputs(TINY, tokens=17))  # `compare` removed the stored mask, so 17 tokens work
 
 
-def test_a_comparison_restores_what_a_forward_changes(pair):
+def test_a_comparison_restores_what_a_forward_pass_changes(pair):
     same = copy.deepcopy(pair[0])
     same.register_buffer("count", torch.zeros((), dtype=torch.long))
 
@@ -277,7 +277,7 @@ def test_json_has_no_nan(pair):
 
 
 @pytest.mark.slow
-def test_bytes_that_are_not_words_are_compared(pair):
+def test_byte_tokens_that_are_not_words_are_compared(pair):
     right = Tokenizer.from_pretrained("everyday")
     for one, other in ("Ñ", "Ð"), ("!", '"'):  # Ñ and Ð stand for the bytes D1 and D0
         vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}

@@ -36,7 +36,7 @@ Each notebook runs offline in under three minutes
     brought: a_subfolder_of_a_directory_is_read
     hub: a_subfolder_of_a_repository_is_read
 `config=` gives the sizes
-    brought: shapes_that_were_published_with_two_activations_need_a_config
+    brought: shapes_published_with_different_activations_need_a_config
 reads and writes all of these
     layouts: conversion_to_any_layout_and_back_changes_no_bit
 logits and every block, float32, CPU
@@ -93,7 +93,7 @@ A warning lists the tensors with NaN or infinity
     layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
 end token come from the checkpoint
     model: custom_end_token_is_not_the_largest_id
-    brought: metaclip_2_reads_a_text_at_its_first_token_2
+    brought: metaclip_2_reads_a_text_at_its_first_token_with_id_2
     layouts: heads_and_eps_of_open_clip_are_read
 layout that cannot express the model
     layouts: a_layout_says_what_it_cannot_express

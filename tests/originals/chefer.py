@@ -26,7 +26,7 @@ def record(checkout: str) -> dict:
     model, found = openai_clip(CLIP.clip.model), {"image": [], "text": []}
     for start in STARTS:
         with torch.enable_grad():
-            # The notebook explains one image for each text.
+            # The notebook takes a single image and explains it once for each text.
             text, image = names["interpret"](pixels()[:1], ids(), model, "cpu", start, start)
         found["image"].append(image)
         found["text"].append(text[range(2), ids().argmax(1)])

@@ -27,7 +27,7 @@ def ingredients() -> list[CLIP]:
 
 
 def score(state: dict[str, Tensor]) -> float:
-    """Minus the squared distance between the projections of `state` and the first small model."""
+    """Minus the squared distance from `state`'s projections to the first small model's."""
     return -sum((state[name] - base()[name]).square().sum().item() for name in SCORED)
 
 

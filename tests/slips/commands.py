@@ -252,7 +252,7 @@ SLIPS = [
         "The default model is ViT-B/16, not ViT-B/32.",
         'DEFAULT_MODEL = "openai/clip-vit-base-patch32"',
         'DEFAULT_MODEL = "openai/clip-vit-base-patch16"',
-        f"{FLAGS} -k 'openais and tokenize'",
+        f"{FLAGS} -k 'from_openai and tokenize'",
     ),
     # The output and the exit status
     Slip(
@@ -985,12 +985,12 @@ SLIPS = [
         "A progress bar appears at once, not after two seconds.",
         '"delay": 2, "leave": False',
         '"delay": 0, "leave": False',
-        f"{CLI} -k shows_a_bar",
+        f"{CLI} -k gets_a_bar",
     ),
     Slip(
         "A progress line appears after two seconds, not after thirty.",
         '"delay": 30, "mininterval": 30',
         '"delay": 2, "mininterval": 30',
-        f"{CLI} -k shows_a_bar",
+        f"{CLI} -k gets_a_bar",
     ),
 ]  # fmt: skip

@@ -463,7 +463,7 @@ SLIPS = [
         "If a published shape has two activations, the first is used without an error.",
         "    if len(by_act) > 1:\n",
         "    if False:\n",
-        "tests/test_brought.py -k two_activations",
+        "tests/test_brought.py -k different_activations",
     ),
     Slip(
         "All of Long-CLIP's positions come from its first table, not from both.",
@@ -481,13 +481,13 @@ SLIPS = [
         "The bias of timm's projection is dropped even if it is not zero.",
         'and not tensors[f"{trunk}head.bias"].any():',
         "and True:",
-        "tests/test_brought.py -k timms",
+        "tests/test_brought.py -k timm",
     ),
     Slip(
         "timm's average pooling is read as CLIP's.",
         'settings.get("global_pool", "token") != "token"',
         "False",
-        "tests/test_brought.py -k timms",
+        "tests/test_brought.py -k timm",
     ),
     Slip(
         "The default context length of open_clip is 76.",

@@ -516,7 +516,7 @@ SLIPS = [
         "The processes draw different random LoRA matrices.",
         "        torch.manual_seed(seed)  # so that every process draws the same LoRA matrices\n",
         "        torch.seed()\n",
-        FINE + " -k crashed",
+        FINE + " -k continued_run_ends",
     ),
     Slip(
         "`layer_decay` is ignored.",
@@ -552,7 +552,7 @@ SLIPS = [
         "The loss's own parameters are not saved.",
         '"Objective": self.objective.state_dict()',
         '"Objective": Objective(self.trained).state_dict()',
-        FINE + " -k crashed",
+        FINE + " -k continued_run_ends",
     ),
     Slip(
         "Half-precision weights are not converted to float32 for training.",
@@ -576,7 +576,7 @@ SLIPS = [
         "A continued run forgets the best score.",
         'self.seconds, self.best = state["seconds"], state["best"]',
         'self.seconds = state["seconds"]',
-        FINE + " -k crashed",
+        FINE + " -k continued_run_ends",
     ),
     Slip(
         "Held-out data is measured in training mode.",
