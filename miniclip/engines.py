@@ -15,7 +15,7 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip bench --suite vision text --engine compile onnxruntime openvino compile-bf16
 
 The last command, with all engines and two threads, gave these times in milliseconds. The number in
-brackets is the median of the time divided by eager's time in the same round. Differences are
+brackets is a median ratio: the time divided by eager's time in the same round. Differences are
 divided by the embedding's norm:
 
                        1 image          16 images        16 captions      largest difference
@@ -77,7 +77,7 @@ def compiled(tower: nn.Module) -> Encode:
     graph = torch.compile(tower)
 
     def run(x: Tensor) -> Tensor:
-        with config.patch(freezing=True):  # torch.compile's option `freezing` has no effect
+        with config.patch(freezing=True):  # the option `freezing` of torch.compile has no effect
             return graph(x)
 
     return run

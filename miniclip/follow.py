@@ -79,7 +79,7 @@ def own_method(
 
 
 def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None:
-    """Raise ValueError if a tower has its own version of a method that a function replays.
+    """Raise ValueError if a tower overrides a method whose steps the function `who` repeats.
 
     >>> from miniclip import VisionConfig
     >>> class Mean(VisionTower):
@@ -136,7 +136,7 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
     """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
     If a fork has its own `embed_tokens`, change three patches, one at a time, to find the tokens
-    that differ. Raises ValueError unless each patch has one token, row by row.
+    that differ. Raises ValueError unless there is one token for each patch, row by row.
     """
     rows, columns = patch_grid(tower, pixels)
     count = rows * columns
@@ -154,8 +154,8 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
     first = changed[0][0] if changed[0] else 0
     if changed != [[first + patch] for patch in asked]:
         raise ValueError(
-            f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row, "
-            "so its tokens cannot be shown as a map of patches"
+            f"{type(tower).__name__}.embed_tokens does not make one token for each patch, row by "
+            "row, so its tokens cannot be shown as a map of patches"
         )
     return slice(first, first + count)
 
@@ -204,9 +204,9 @@ CLIP_MODULES |= {nn.Conv2d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, 
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
     """Raise ValueError if surgery on a fork's tower gave a wrong embedding.
 
-    `tower` is the new tower, and `other` is the old tower. While hooks make the `edits` in the old
-    tower, both must give the same embedding. CLIP's own towers are not checked, because tests show
-    that surgery on them is exact.
+    `tower` is the new tower, and `other` is the old tower. With hooks that make the `edits` in the
+    old tower, both towers must give the same embedding. CLIP's own towers are not checked, because
+    tests show that surgery on them is exact.
     """
     own = ("__init__", "forward")
     has_own = own_method(tower, (*own, "embed_tokens", "pool"), own, (*own, "qkv", "attend"), own)

@@ -162,7 +162,7 @@ class Tower(Pretrained):
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. If a tower's checkpoint has none, `embed_dim` is None."""
+    """The map into the shared space. If a tower's checkpoint has no map, `embed_dim` is None."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
@@ -259,8 +259,8 @@ class TextTower(Tower):
     def eos_positions(self, ids: Tensor) -> Tensor:
         """The position of each text's first end token: (B, T) -> (B,)
 
-        On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise,
-        and on a GPU the check would be slow. In both, the position is -1 and the embedding is NaN.
+        On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise. On a
+        GPU the check would be slow. In both cases, the position is -1 and the embedding is NaN.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)

@@ -23,7 +23,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
     class Lines(tqdm):  # type: ignore[type-arg]
         disable: bool
-        monitor_interval = 0  # tqdm would start a thread for each class, which has no work here
+        monitor_interval = 0  # otherwise tqdm would start a useless thread for each class
 
         def display(self, *args: Any, **options: Any) -> bool:
             print(f"miniclip: {self}", file=sys.stderr)

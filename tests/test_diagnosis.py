@@ -120,9 +120,9 @@ for name, parameter, change, site, cause in (
     ("positions_mirrored", "vision.pos_embed",
      lambda x: torch.cat([x[:1], x[1:].unflatten(0, GRID).flip(1).flatten(0, 1)]),
      "vision.embeddings", "positions that are mirrored"),
-    ("positions_of_patches_shifted", "vision.pos_embed",
+    ("patch_positions_shifted", "vision.pos_embed",
      lambda x: torch.cat([x[:1], x[1:].roll(1, 0)]),
-     "vision.embeddings", "positions of patches that are shifted by one"),
+     "vision.embeddings", "patch positions that are shifted by one"),
 ):  # fmt: skip
     fault_in_weights(name, parameter, change, site, f"model has {cause}")
 fault_in_weights(

@@ -294,15 +294,15 @@ FOUND = {
         for n, words in ((1, "one"), (2, "two"), (3, "three"))
     },
     "text.embeddings | positions in reverse order": lambda s: s.texts(lambda x: x.flip(0)),
-    "vision.embeddings | positions of patches that are shifted by one":
+    "vision.embeddings | patch positions that are shifted by one":
         lambda s: s.images(positions=of_patches(lambda x: x.flatten(0, 1).roll(1, 0))),
-    "vision.embeddings | positions of patches that are shifted by one ":
+    "vision.embeddings | patch positions that are shifted by one ":
         lambda s: s.images(positions=of_patches(lambda x: x.flatten(0, 1).roll(-1, 0))),
     "vision.embeddings | positions that are upside down":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0))),
     "vision.embeddings | positions that are mirrored":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(1))),
-    "vision.embeddings | positions of patches in reverse order":
+    "vision.embeddings | patch positions in reverse order":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0, 1))),
     f"{V}.pattern | a softmax with 1 added to its denominator":
         lambda s: s.scores(V).exp() / (1 + s.scores(V).exp().sum(3, keepdim=True)),
@@ -587,8 +587,8 @@ FAULTS_OF_PIXELS = {
         lambda p: taken(p, offset=round, rgb_last=True, background=None),
     "conversion to RGB after the resize, not before":
         lambda p: taken(p, rgb_last=True, background=None),
-    "transparency that is dropped, not laid on white": lambda p: taken(p, background=None),
-    "transparency laid on black, not on white": lambda p: taken(p, background=(0, 0, 0)),
+    "transparency that is dropped, not blended with white": lambda p: taken(p, background=None),
+    "transparency blended with black, not with white": lambda p: taken(p, background=(0, 0, 0)),
     "a long side that is rounded, not truncated": lambda p: taken(p, long=round),
     "a resize to a square": lambda p: taken(p, square=True),
     **{  # Pillow 13 has seven filters

@@ -168,7 +168,7 @@ def test_a_score_that_grows_with_the_cosine_gives_the_same_ranks(loaded, picture
             found = caption_ranks(loaded._replace(model=fork), captions, features)
             assert all(torch.equal(found[name], expected[name]) for name in expected)
         else:
-            with pytest.raises(ValueError, match="WithMetric.score ranks the pairs in another"):
+            with pytest.raises(ValueError, match="WithMetric.score ranks them in another"):
                 caption_ranks(loaded._replace(model=fork), captions, features)
 
 

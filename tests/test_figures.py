@@ -143,7 +143,7 @@ def test_the_demo_draws_probabilities_as_bars_and_heat_maps_over_grey_images(dra
         ("relevance", "up to 0.75"),
         ("gradcam", "up to 0.75, a weighted sum of channels"),
         ("tokens", "up to 0.75 added to the cosine"),
-        ("occlusion", "up to 0.75 taken from the cosine"),
+        ("occlusion", "up to 0.75 subtracted from the cosine"),
     ],
 )
 def test_a_map_states_the_value_of_its_warmest_patch(drawn, method, note):

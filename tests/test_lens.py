@@ -249,7 +249,7 @@ def test_absent_contributions_cannot_be_ablated(double):
     ):
         ablate_contributions(parts, {0: [4]})
     for wrong in ({3: [0]}, {-1: [0]}):
-        with pytest.raises(ValueError, match="expected a layer, and parts with by='head'"):
+        with pytest.raises(ValueError, match="expected the number of a layer, and parts from"):
             ablate_contributions(parts, wrong)
     with pytest.raises(ValueError, match="no heads in 'blocks.0.attn'"):
         ablate_contributions(decompose(model, inputs["vision"]), {0: [0]})

@@ -766,7 +766,7 @@ def test_a_method_that_an_instrument_cannot_follow_is_named():
         lens.decompose(patched, pixels)
     patched.encode_image.engine = "compile"  # as `use_engine` marks its method
     lens.decompose(patched, pixels)
-    with pytest.raises(ValueError, match="does not give each patch one token, row by row"):
+    with pytest.raises(ValueError, match="does not make one token for each patch, row by row"):
         surgery.dense_features(redraw(clip_of(vision=StemVision)(TINY)).double(), pixels)
     with pytest.raises(ValueError, match="has a parameter more"):
         surgery.layer_groups(EACH["two more tokens"](TINY).vision)
@@ -1060,7 +1060,7 @@ def test_a_fork_with_its_own_score_needs_a_loss_that_calls_it(tokenizer, tmp_pat
     for loss in ("clip", "siglip"):
         recipe = Recipe(epochs=1, batch=8, loss=loss)
         model = fork_for(Siglip, tokenizer)
-        with pytest.raises(ValueError, match="Siglip has its own score.* give train a loss"):
+        with pytest.raises(ValueError, match="Siglip has its own score.* give `train` a loss"):
             train(model, tokenizer, transform, data, recipe, tmp_path / "out")
 
 

@@ -562,7 +562,7 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="its rows cannot be read"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
-    with pytest.raises(ValueError, match="none of 1 images can be read; the first is .*a.png"):
+    with pytest.raises(ValueError, match="none of 1 images can be read; the first error: .*a.png"):
         next(batches(open_data(tmp_path, transform), 1, seed=0))
     with pytest.raises(ValueError, match="expected at least 2 images, for one batch; found 1"):
         next(batches(open_data(tmp_path, transform), 2, seed=0))

@@ -49,10 +49,10 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. 10^7 rows were measured alone. Their
 file has 20 GB, and Linux cannot keep all of it in 24 GB of memory. So the search reads a part from
-the disk again, and its memory in the table includes pages of the file. The times vary: in another
+the disk again. The memory in the table then includes pages of the file. The times vary: in another
 run, 100,000 labels took a third of this time (growth 0.41). The command keeps freed memory for the
-next tensors. Otherwise Linux clears memory for each new tensor, and 256 images take 1.5 times as
-long per image as 64 images.
+next tensors. Otherwise Linux clears memory for each new tensor, and an image takes 1.5 times as
+long in a batch of 256 as in a batch of 64.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
@@ -118,7 +118,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
     Args:
         shape: a name from PUBLISHED.
-        sizes: time only this number of the smallest sizes of each axis. None times all sizes.
+        sizes: how many sizes of each axis to time, from the smallest. None times all sizes.
     """
     rows: list[Growth] = []
     with TemporaryDirectory() as folder, torch.inference_mode():

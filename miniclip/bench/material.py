@@ -27,7 +27,7 @@ from miniclip.transform import ImageTransform
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The largest relative difference from miniclip's output at which a library is still timed."""
+"""A library is timed only if its relative difference from miniclip's output is at most this."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
     """Compare all outputs with miniclip's output, then time the contenders that agree with it."""
     outputs = []
     for trial in case.trials.values():
-        output = trial()[1]  # converted now, because a CUDA graph overwrites it later
+        output = trial()[1]  # `form` converts it now, because a CUDA graph overwrites it later
         outputs.append(None if output is None else case.form(output))
     differences = [None if out is None else distance(out, outputs[0]) for out in outputs]
     if differences[0] != 0:  # an output with NaN or infinity differs from itself

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also time miniclip's towers in these engines: compile, onnxruntime, openvino, "
         "compile-bf16, openvino-bf16, onnxruntime-int8",
     )
-    batch = "images or texts in a batch (default: 16, on a GPU 256)"
+    batch = "images or texts in a batch (default: 16, or 256 on a GPU)"
     parser.add_argument("--batch", type=int, metavar="N", help=batch)
     parser.add_argument(
         "--growth",

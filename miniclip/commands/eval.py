@@ -210,7 +210,7 @@ def fewshot(args: argparse.Namespace) -> None:
         print(f"model      {args.model}")
         print(f"templates  {shorten(' | '.join(args.template or templates), COLUMNS - 11)}")
         print(f"images     {len(tests[kind].classes):,}, of {classes}\n")
-        print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   standard deviation")
+        print(f"{'examples/class':<18}{'method':<20}{'accuracy':>10}   standard deviation")
         for row in rows:
             spread = f"± {row['std']:.2%}" if row["shots"] else ""
             name = METHODS[row["method"]]

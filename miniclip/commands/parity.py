@@ -144,7 +144,9 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
         lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
     if gradients:
         worst = max(row.float64 for row in gradients)
-        lines.append(f"\ngradients of {len(gradients)} parameters, in float64: {worst:.1e} at most")
+        lines.append(
+            f"\ngradients of {len(gradients)} parameters differ by at most {worst:.1e} in float64"
+        )
     counts = ", ".join(f"{name} at {count}" for name, count in nearer(sites).items())
     verdict = [textwrap.fill(line, COLUMNS) for line in str(report).splitlines()]
     return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])

@@ -158,7 +158,7 @@ def complain(error: Exception) -> None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's message is a page long
         text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
-    if not isinstance(error, ImageError):  # an ImageError may name a file with line breaks
+    if not isinstance(error, ImageError):  # an ImageError may contain a file name with line breaks
         text = text.partition("\n")[0]
     note(f"miniclip: error: {text}")
 

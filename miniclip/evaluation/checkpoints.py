@@ -52,7 +52,9 @@ def check_ranks_by_cosine(model: CLIP, image_embeds: Tensor, text_embeds: Tensor
     rounding = 32 * torch.finfo(scores.dtype).eps * scores.abs().max()
     if (scores.diff() < -rounding).any():
         name = type(model).__name__
-        raise ValueError(f"ranks are by cosine, but {name}.score ranks the pairs in another order")
+        raise ValueError(
+            f"pairs are ranked by cosine here, but {name}.score ranks them in another order"
+        )
 
 
 def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], dict[str, float]]:

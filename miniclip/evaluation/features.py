@@ -84,7 +84,9 @@ def picture_features(
     encode, width = partial(encode_both, loaded.model), loaded.model.config.embed_dim
     ((made, rows, skipped),) = encode_parts(encode, loaded.transform, [pictures], batch)
     if not made:
-        raise ValueError(f"none of the {len(skipped)} files can be read; the first is {skipped[0]}")
+        raise ValueError(
+            f"none of the {len(skipped)} files can be read; the first error: {skipped[0]}"
+        )
     both = torch.cat(made)
     vectors = {"proj": both[:, :width].contiguous()}
     if both.shape[1] > width:

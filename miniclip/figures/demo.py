@@ -22,7 +22,7 @@ def draw_demo(
         above[0].suptitle("Photographs: which of eight labels fits best?", x=0.01, ha="left")
         rows = above[0].subplots(2, len(photographs), height_ratios=(1, 1), squeeze=False)
         for top, bottom, photograph in zip(*rows, photographs, strict=True):
-            square = ImageOps.fit(photograph.picture, (300, 300))  # cropped as for the model
+            square = ImageOps.fit(photograph.picture, (300, 300))  # the crop that the model sees
             note = " (never seen: a guess)" if photograph.name == UNKNOWN else ""
             show_picture(top, square, photograph.name + note)
             draw_bars(bottom, photograph.scores[:4], inside=True)

@@ -39,7 +39,7 @@ UNITS = {
     "relevance": "{}",
     "gradcam": "{}, a weighted sum of channels",
     "tokens": "{} added to the cosine",
-    "occlusion": "{} taken from the cosine",
+    "occlusion": "{} subtracted from the cosine",
 }
 
 MOST_COLUMNS = 4  # heat maps in a row, beside the image

@@ -19,7 +19,7 @@ def read_rows(
     """Run a tower. Call functions with the tensors at sites. Return the results and the embedding.
 
     `sites` is {glob: function}. The results are {site: result}. `read` is called with the
-    input of block 0; its result is "embed".
+    input of block 0. Its result has the key "embed".
     """
     rows: dict[str, Tensor] = {}
 
@@ -32,8 +32,8 @@ def read_rows(
         return rows, tower(x)
 
 
-# The einsum multiplies z by each head's matrix to the embedding. The matrices are (E, H, D). z is
-# (B, H, D), or (B, H, T, D) for "token".
+# The einsum multiplies each head's z by the matrix that maps it to the embedding. The matrices are
+# (E, H, D). z is (B, H, D), or (B, H, T, D) for "token".
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -53,7 +53,7 @@ def decompose(
             where T are the tokens that a head attends to.
         convention: "miniclip": `embedding - part` is the embedding without this part, and each bias
             is a part. "clip_prs" (the authors' code): attention and MLP include their biases, all
-            parts share the LayerNorm's mean and bias equally, and their sum has length 1.
+            parts share the LayerNorm's mean and bias equally, and the parts' sum has length 1.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
         so on. With "miniclip", biases are parts too. The sum of all parts is the embedding. With
@@ -73,7 +73,7 @@ def decompose(
     True
     """
     if by not in GRAINS:
-        raise ValueError(f"by is {by!r}; expected {', '.join(map(repr, GRAINS))}")
+        raise ValueError(f"`by` is {by!r}; expected {', '.join(map(repr, GRAINS))}")
     if convention not in ("miniclip", "clip_prs"):
         raise ValueError(f"convention is {convention!r}; expected 'miniclip' or 'clip_prs'")
     apart = convention == "miniclip"  # each bias is a separate part
@@ -184,7 +184,8 @@ def ablate_contributions(
         part = parts.get(name := f"blocks.{layer}.attn")
         if part is None or part.ndim < 3:
             raise ValueError(
-                f"no heads in {name!r}; expected a layer, and parts with by='head' or by='token'"
+                f"no heads in {name!r}; expected the number of a layer, and parts from `decompose` "
+                "with by='head' or by='token'"
             )
         chosen = numbers(chosen, part.shape[1], name, "heads")
         ablated[name] = part.clone()

@@ -19,7 +19,7 @@ from miniclip.transform import ImageTransform
 
 
 def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """The class token's attention in the last block, averaged over the heads. 0 without heads."""
+    """The class token's attention in the last block, averaged over heads. 0 if no head is left."""
     follow("last_attention", model.vision, ("forward", "pool"))
     pattern = attention_maps(model, pixels)[-1][:, :, 0]  # (B, H, T)
     return on_grid(model, pixels, pattern.sum(1) / max(pattern.shape[1], 1))

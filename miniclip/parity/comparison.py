@@ -142,7 +142,7 @@ def compare_models(
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
-    # If a fork has its own table of names, a missing parameter need not be a merged parameter.
+    # A fork's own table of names may leave out a parameter that was not merged.
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE or _only_adds(*weights) else torch.inf
@@ -216,8 +216,9 @@ def _are_rounded_once_more(
 ) -> bool:
     """Return whether one model's weights were rounded once more than the other model's weights.
 
-    True if one model lacks a parameter: merging it into another parameter rounds the result. Also
-    True if some parameters differ, each by at most one rounding error, like x and log(exp(x)).
+    True if one model lacks a parameter, because merging it into another parameter rounds the
+    result. Also True if some parameters differ, each by at most one rounding error, like x and
+    log(exp(x)).
     """
     if is_complete and ours.keys() != theirs.keys():
         return True
@@ -231,7 +232,7 @@ def _are_rounded_once_more(
 
 
 def _only_adds(*weights: dict[str, Tensor]) -> bool:
-    """Return whether one model has all parameters of the other model, unchanged, and others."""
+    """Return whether one model has all the other's parameters, unchanged, and perhaps more."""
     few, many = sorted(weights, key=len)
     return all(name in many and torch.equal(w, many[name]) for name, w in few.items())
 

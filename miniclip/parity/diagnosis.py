@@ -1,8 +1,9 @@
 """Find out why two CLIPs differ at a site.
 
 Two models are equal before the first site that differs. The numbers at this site are computed with
-CLIP's formula, once without a fault, and once with each common fault of reimplementations. If one
-model has the numbers without a fault, the cause is the fault that gives the other model's numbers.
+CLIP's formula, once without a fault, and once with each common fault of reimplementations. If the
+numbers without a fault are one model's numbers, the cause is the fault that gives the other model's
+numbers.
 """
 
 import re

@@ -132,7 +132,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
     | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
     "early": {f"{name} before the first block": name for name in LAYER_NORMS},
-    # Each function takes ones (B, H, T, T) and the end positions. True in its result hides a key.
+    # Each function takes a tensor of ones (B, H, T, T) and the end positions. It returns True for
+    # hidden keys.
     "mask": {
         "no causal mask": no_mask,
         "a causal mask": causal_mask,
@@ -323,12 +324,12 @@ def _wrong_positions(
     if grid:
         first, patches = positions[:1], positions[1:].unflatten(0, grid)  # (rows, columns, W)
         for fault, moved in (
-            ("positions of patches that are shifted by one", positions[1:].roll(1, 0)),
-            ("positions of patches that are shifted by one", positions[1:].roll(-1, 0)),
+            ("patch positions that are shifted by one", positions[1:].roll(1, 0)),
+            ("patch positions that are shifted by one", positions[1:].roll(-1, 0)),
             ("rows and columns of positions exchanged", patches.transpose(0, 1)),
             ("positions that are mirrored", patches.flip(1)),
             ("positions that are upside down", patches.flip(0)),
-            ("positions of patches in reverse order", patches.flip(0, 1)),
+            ("patch positions in reverse order", patches.flip(0, 1)),
         ):
             yield fault, torch.cat([first, moved.reshape(positions[1:].shape)])
 

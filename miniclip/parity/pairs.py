@@ -84,7 +84,7 @@ def alone(model: Any) -> Loaded:
 
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
     """Load a model, its tokenizer and its transform. If the tokenizer or the transform cannot be
-    loaded, put a function in its place that raises the error. The comparison then reports it."""
+    loaded, replace it with a function that raises the error. The comparison then reports it."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
     if is_local(name):  # the revision belongs to the other model
@@ -117,7 +117,7 @@ def _made_by(file: Path, name: str) -> Loaded:
         raise ValueError(f"{file}: {name} {raises(error)}") from error
     finally:
         sys.path.remove(str(file.parent))
-        # Forget the folder's modules, because a second file may import others of the same names.
+        # Forget the folder's modules, because a second file may import modules with the same names.
         own = {path.name.partition(".")[0] for path in file.parent.glob("*")} - before
         for new in {*sys.modules} - before:
             if new.partition(".")[0] in own:
@@ -196,7 +196,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
-    for module in theirs.modules():  # `copies` lacks `position_ids`, so they may be meta tensors
+    for module in theirs.modules():  # `position_ids` are not in `copies` and may be meta tensors
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]

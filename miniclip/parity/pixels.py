@@ -106,8 +106,8 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "a crop from the upper left corner": {"crop": lambda p, size: p.crop((0, 0, size, size))},
     "OpenAI's crop and order of steps": {"crop": openai_crop, "to_rgb": lambda picture: picture},
     "conversion to RGB after the resize, not before": {"to_rgb": lambda picture: picture},
-    "transparency that is dropped, not laid on white": {"to_rgb": lambda p: p.convert("RGB")},
-    "transparency laid on black, not on white": {"to_rgb": on_black},
+    "transparency that is dropped, not blended with white": {"to_rgb": lambda p: p.convert("RGB")},
+    "transparency blended with black, not with white": {"to_rgb": on_black},
     "a long side that is rounded, not truncated": {"resize": round_long_side},
     "a resize to a square": {"resize": squash},
     "the colours in the order BGR": {
@@ -126,14 +126,15 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
         if how != BICUBIC
     },
 }
-"""Faults that another implementation may have, each with the steps of the transform it changes."""
+"""Possible faults of other implementations: {fault: the transform's steps that it changes}."""
 
 
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:
     """Say why two transforms give different pixels.
 
-    Both are ImageTransforms or any functions. `one` and `other` are the pixels that they give for
-    `pictures(size)`. Returns "" if neither function has the settings of an ImageTransform.
+    `ours` and `theirs` are ImageTransforms or any functions. `one` and `other` are the pixels that
+    they give for `pictures(size)`. Returns "" if neither function has the settings of an
+    ImageTransform.
 
     >>> from miniclip import ImageTransform
     >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])

@@ -109,8 +109,8 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 def _words(*tokenizers: Any) -> list[str]:
     """Return the words of the vocabularies, and many characters.
 
-    Each character is added alone, before "a", and before "~". Some tokens are only a part of a
-    character. The added characters test such tokens. The words come only from miniclip's Tokenizer.
+    For each character c, add c, c + "a" and c + "~". Some tokens are only a part of a character.
+    The added characters test such tokens. The words come only from miniclip's Tokenizer.
     transformers' tokenizer for the same checkpoint has the same words.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]

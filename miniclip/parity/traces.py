@@ -96,7 +96,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     # `before` saves the attributes and buffers of all modules, and the attributes of transformers'
-    # configs. Among them are `training`, transformers' choice of attention, and tensors that a
+    # configs. They include `training`, transformers' choice of attention, and tensors that a
     # forward pass may replace, such as a mask or a pruned weight.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):

@@ -206,7 +206,7 @@ def _build(
             says = f"{len(kept):,} of {total} are unchanged, {gone:,} are gone"
             print(f"{out}: updated, {says}", file=sys.stderr)
         if done := len(parts) - len(missing):
-            print(f"{out}: continued, {done} of {len(parts)} parts were done", file=sys.stderr)
+            print(f"{out}: continued after {done} of {len(parts)} parts", file=sys.stderr)
     barrier()  # all processes must list the files before one process adds a file
 
     mine = missing[rank::world]
@@ -222,8 +222,8 @@ def _build(
             where |= {name: (i, row) for row, name in enumerate(index.paths)}
         if not where:
             shutil.rmtree(folder)  # so that the next build tries the images again
-            found = f"{len(reasons)}; the first: {reasons[0]}"
-            raise ValueError(f"none of the images can be read, {found}")
+            found = f"{counted(len(reasons), 'error')}; the first: {reasons[0]}"
+            raise ValueError(f"none of the images can be read: {found}")
         names = [name for name in map(str, pictures) if name in where]
         rows = gather(indexes, [where[name] for name in names], folder / "embeddings")
         Index(rows[0], Strings.pack(names), encoder, reasons, os.getcwd(), rows[1]).save(out)
@@ -252,7 +252,7 @@ def gather(
     """Collect embeddings (N, E) and stamps (N, 2) from several indexes.
 
     Each item of `taken` is a pair: an index's position in `indexes`, and a row of this index.
-    The embeddings are in the file `scratch`, because they may not fit into memory.
+    The collected embeddings are in the file `scratch`, because they may not fit into memory.
     """
     which, places = torch.tensor(taken).T
     width = indexes[0].embeddings.shape[1]

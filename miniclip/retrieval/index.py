@@ -33,7 +33,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
 """How many rows a search compares at once. They take 16 MiB if each row has 512 numbers."""
 SETTINGS = ("head_width", "causal", "eps", "approximate", "stride")
-"""The settings of modules that change the output although the weights are the same."""
+"""Module settings that change the output, even if the weights are the same."""
 TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),
@@ -70,8 +70,9 @@ class Encoder(NamedTuple):
 def fingerprint(model: CLIP) -> str:
     """Return the SHA-256 of all weights with their names, shapes and dtypes, in hexadecimal.
 
-    The hash also covers what uses the weights: the modules' classes and SETTINGS, and the class and
-    the config of a fork. Wrappers, such as the wrapper of `torch.compile`, do not change the hash.
+    The hash also covers the classes and SETTINGS of the modules that use the weights, and the class
+    and the config of a fork. Wrappers, such as the wrapper of `torch.compile`, do not change the
+    hash.
     """
     model = unwrapped(model)
     fork = "" if model.model_type == "clip" else f"{model.model_type} {model.config}"
@@ -196,7 +197,7 @@ class Index:
             embeddings, *of_paths, stamps, text, ends = tensors.values()
             paths, skipped = Strings(*of_paths), Strings(text, ends)
             if not paths.is_sound() or not skipped.is_sound():
-                raise ValueError("the ends of the strings do not fit the text")
+                raise ValueError("the positions where the strings end do not fit the text")
             if len(paths) != (n := len(embeddings)) or stamps.shape not in ((n, 2), (0, 2)):
                 found = f"{n} embeddings, {len(paths)} paths and {len(stamps)} stamps"
                 raise ValueError(f"expected one path and one stamp for each embedding: {found}")
@@ -227,7 +228,7 @@ class Index:
             k: the number of images to find.
 
         Returns:
-            At most k hits, the best first. If scores are equal, the lower row comes first.
+            At most k hits, the best first. If scores are equal, the smaller row number comes first.
         """
         width = self.embeddings.shape[1]
         if query.shape != (width,):

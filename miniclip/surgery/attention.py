@@ -48,8 +48,8 @@ def dense_features(
 ) -> Tensor:
     """Return the embeddings of the patches, (B, P, E), row by row. They are not normalised.
 
-    A fork may change the attention's `qkv`. If it changes `forward`, its `forward` must accept
-    `pattern`, as `Attention.forward` does.
+    A fork may change the attention's `qkv`. If the fork changes the attention's `forward`, the new
+    `forward` must accept `pattern`, as `Attention.forward` does.
 
     Args:
         preset: "clip" (the model unchanged), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
@@ -107,8 +107,8 @@ def dense_features(
 
 
 def check_unused(tower: VisionTower, first: int) -> None:
-    """Raise ValueError if a hook or a module is at a place that dense_features does not run: the
-    blocks from `first` as a whole, and their sites `scores` and `pattern`."""
+    """Raise ValueError if dense_features would skip a hook or a module. It does not run the blocks
+    from `first` as a whole, or their sites `scores` and `pattern`."""
     block: Any  # a Block, or a wrapper of it
     for i, block in enumerate([*tower.blocks][first:], first):
         block, attn = unwrapped(block), unwrapped(block).attn

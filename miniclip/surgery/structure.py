@@ -154,8 +154,8 @@ def _block(model: CLIP, tower: str, layer: int) -> Block:
 
 
 def _part(model: CLIP, tower: str, layer: int, name: str) -> Any:
-    """A block's attention or MLP. A part of several blocks raises ValueError, because a cut in one
-    block would change the others."""
+    """A block's attention or MLP. A part that several blocks share raises ValueError, because a cut
+    in one block would change the others."""
     _block(model, tower, layer)
     return find(model, f"{tower}.blocks.{layer}.{name}")[0][1]
 

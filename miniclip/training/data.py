@@ -122,14 +122,14 @@ def open_data(
         columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` has none of these forms, `check_classes` refuses its folders, or it is
-            `shapes` and also a folder.
+        ValueError: `name` has none of these forms, `check_classes` refuses its folders, or `name`
+            is `shapes` and a folder has this name too.
     """
     if name == "shapes":
         if os.path.isdir("shapes"):
             raise ValueError(
                 "shapes is the drawn world, but a folder here has the same name: write ./shapes "
-                "for the folder, or go to another folder for the drawn world"
+                "to use the folder, or work in another folder to use the drawn world"
             )
         from miniclip.training.drawn import Shapes
 
@@ -212,7 +212,7 @@ def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: 
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair
-    raise ValueError(f"none of {len(data)} images can be read; the first is {data.skipped[0]}")
+    raise ValueError(f"none of {len(data)} images can be read; the first error: {data.skipped[0]}")
 
 
 def draw_seed(seed: int, step: int, i: int = 0) -> int:

@@ -36,7 +36,7 @@ Train = TypeVar("Train", bound=Callable[..., CLIP])
 
 
 def locking(train: Train) -> Train:
-    """Decorate `train`: lock `out`, and restore afterwards which parameters need gradients."""
+    """Decorate `train`: lock `out`, and restore each parameter's `requires_grad` afterwards."""
 
     @wraps(train)
     def locked(
@@ -106,7 +106,7 @@ def train(
     if loss is None and recipe.loss == "siglip":
         loss = SigmoidLoss().to(model.logit_scale.device)
 
-    # New captions can give a learnt tokenizer other ids, which the trained weights do not know.
+    # A tokenizer learnt from new captions may have other ids. The trained weights do not know them.
     tokens = repr((sorted(tokenizer.vocab.items()), tokenizer.merges)).encode()
     inputs = {"tokenizer": sha256(tokens).hexdigest(), "transform": repr(transform)}
     run = Run(as_destination(out), model, recipe, loss, rank == 0, log, inputs)
@@ -204,8 +204,8 @@ def check_model(model: CLIP, loss: Loss | None) -> None:
     kind = class_of(unwrapped(model))
     if loss is None and (kind.score is not CLIP.score or is_patched(unwrapped(model), "score")):
         raise ValueError(
-            f"{kind.__name__} has its own score, which the recipe's losses do not use; give train "
-            "a loss that calls model.score"
+            f"{kind.__name__} has its own score, which the recipe's losses do not use; give "
+            "`train` a loss that calls `model.score`"
         )
 
 

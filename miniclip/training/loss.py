@@ -120,7 +120,7 @@ def batch_loss(
         image_embeds: unit vectors (B, E).
         text_embeds: unit vectors of the captions (B, E), or (2 B, E) with the false captions last.
         loss: a function of (image_embeds, text_embeds, is_true), instead of `contrastive_loss`.
-        batch: the number of pairs over all processes; by default B in each process.
+        batch: the number of pairs over all processes; by default B times the number of processes.
     """
     captions, *negatives = (gather(part, batch) for part in text_embeds.split(len(also)))
     image_embeds, labels, also = (gather(x, batch) for x in (image_embeds, labels, also))
@@ -196,7 +196,7 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """Return a sum to backpropagate in place of the loss. The sum's gradients with respect
-    to the embeddings are `gradient`. They train the towers. The gradients of `value` train the
-    other parameters, such as the logit scale."""
+    """Return a sum to backpropagate in place of the loss. The gradients of this sum with respect to
+    the embeddings are `gradient`. They train the towers. The gradients of `value` train the other
+    parameters, such as the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

@@ -31,7 +31,7 @@ class Recipe:
     patch_dropout: float = described(0.0, "share of an image's patches that is dropped (FLIP)")
     # In use, a model sees all patches, so the last epochs train it on all patches.
     full_epochs: int = described(1, "epochs without patch dropout at the end of the run")
-    ema: float = described(0.0, "if above 0, write the weights' moving average, with this decay")
+    ema: float = described(0.0, "if above 0, write a moving average of the weights with this decay")
     loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
     freeze: str = described("", "parts to freeze, separated by commas: vision (LiT), text or globs")
     lora: int = described(0, "if above 0, train only LoRA of this rank, and write merged weights")

@@ -36,7 +36,7 @@ class Run:
     """A run: the trained model, the optimizers, the step, the scores and the metrics.
 
     A `loss` with parameters is trained and saved too. Files are written only if `writes` is True.
-    `inputs` describes the tokenizer and the transform. With others, the run is not continued.
+    `inputs` describes the tokenizer and the transform. If these changed, the run is not continued.
     """
 
     def __init__(

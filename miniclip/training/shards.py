@@ -20,7 +20,7 @@ from miniclip.files.tars import members
 from miniclip.training.pairs import Pair, caption_label, note_once, shuffled, to_bytes
 from miniclip.transform import ImageTransform
 
-PICTURES = ("jpg", "jpeg", "png", "webp")  # if a sample has several images, take the first of these
+PICTURES = ("jpg", "jpeg", "png", "webp")  # if a sample has several images, use the first ending
 
 
 class Shards:
@@ -135,8 +135,8 @@ def _caption(sample: dict[str, Any]) -> str:
 
 
 def _kind(sample: dict[str, Any]) -> str:
-    """Return the ending of the sample's image, or "". An ending with a dot, as in 0.seg.png, is of
-    another kind of image."""
+    """Return the ending of the sample's image, or "". An ending that contains a dot, such as
+    seg.png in 0.seg.png, belongs to another kind of image."""
     kinds = (*PICTURES, *(kind for kind in sample if "." not in kind and is_picture(f"0.{kind}")))
     return next((kind for kind in kinds if kind in sample), "")
 

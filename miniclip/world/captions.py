@@ -213,7 +213,7 @@ WORDS = {"size": ("small", "large"), "colour": tuple(COLOURS), "shape": SHAPES}
 
 
 def replacements(claim: Claim) -> dict[str, list[Claim]]:
-    """Replace each word of a claim by every word of the same kind."""
+    """Replace one word of a claim at a time, by each word of the same kind."""
     made: dict[str, list[Claim]] = {what: [] for what in WORDS}
     for i, phrase in enumerate(claim.phrases):
         for what, words in WORDS.items():

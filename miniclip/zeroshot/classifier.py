@@ -58,7 +58,7 @@ class ZeroShotClassifier:
         self.weights = class_embeddings(model, tokenizer, self.labels, templates)  # (C, E)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        if pixels.is_floating_point():  # otherwise the model raises an error
+        if pixels.is_floating_point():  # the model raises an error for integer pixels
             pixels = pixels.to(self.weights)
         image_embeds = self.model.encode_image(pixels, normalize=True)
         return self.model.score(image_embeds, self.weights).T  # (B, C)

@@ -28,7 +28,7 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
     """Return labels. `names` can be the labels, or the name of one data set, folder or file.
 
     A data set is a key of CLASS_SETS. A folder contains class folders. A text file has one label
-    on each line. A JSON file is a list of labels, {id: label} or {label: id}, where the ids decide
+    on each line. A JSON file has a list of labels, or {id: label}, or {label: id}. The ids decide
     the order. Raises ValueError for a file without labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
@@ -58,7 +58,7 @@ def _read_labels(path: Path) -> list[str]:
     if isinstance(found, dict):
         if all(type(id) is int for id in found.values()):
             found = sorted(found, key=found.__getitem__)
-        else:  # the ids are the names of the class folders, so they have the same order
+        else:  # the ids are the names of the class folders, so sort them like the folders
             found = [found[id] for id in _in_order(found)]
     if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
         raise ValueError(f"{path}: expected a list of labels, or an object {{id: label}}")
@@ -134,8 +134,9 @@ def labelled_images(
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
     """Raise ValueError if training or an accuracy on these images would be meaningless.
 
-    This is so if there is a single class, if a class has no files, or if the class folders are in
-    other folders, such as train/. If the user named the classes (`named`), skip the last check.
+    That is the case if there is a single class, if a class has no files, or if the class folders
+    are in other folders, such as train/. If the user named the classes (`named`), skip the last
+    check.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:

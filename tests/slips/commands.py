@@ -917,7 +917,7 @@ SLIPS = [
     ),
     Slip(
         "The heat map of occlusion has the unit of attention.",
-        '"occlusion": "{} taken from the cosine"',
+        '"occlusion": "{} subtracted from the cosine"',
         '"occlusion": "{} of the attention"',
         FIGURES,
     ),

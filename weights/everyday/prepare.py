@@ -31,7 +31,7 @@ TEMPLATES = (
 
 
 def read_classes() -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield for each class: the folder, its own names, and wider names that it shares."""
+    """Yield for each class: the folder, its own names, and wider names that other classes share."""
     group: list[str] = []
     for line in CLASSES.read_text().splitlines():
         if line.endswith(":"):
@@ -48,14 +48,14 @@ def names(line: str) -> list[str]:
 
 
 def captions(name: str) -> list[str]:
-    """Return a name in every template. Classes that share a name share its captions."""
+    """Put a name into every template. Classes that share a name share its captions."""
     plain = name.removeprefix("~")
     article = "" if name != plain else "an " if plain[0] in "aeiou" else "a "
     return [template.format(name=plain, a_name=article + plain) for template in TEMPLATES]
 
 
 def true_captions(own: list[str], wider: list[str]) -> list[str]:
-    """Return all captions of a class. Its own names are repeated to about two thirds."""
+    """Return all captions of a class. About two thirds of them use its own names, repeated."""
     wider = [name for name in wider if name not in own]
     own = own * max(1, round(2 * len(wider) / len(own)))
     return [caption for name in own + wider for caption in captions(name)]
