@@ -77,7 +77,8 @@ def compiled(tower: nn.Module) -> Encode:
     graph = torch.compile(tower)
 
     def run(x: Tensor) -> Tensor:
-        with config.patch(freezing=True):  # the option `freezing` of torch.compile has no effect
+        # torch.compile(tower, options={"freezing": True}) would not freeze the weights.
+        with config.patch(freezing=True):
             return graph(x)
 
     return run

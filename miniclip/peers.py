@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """The version that pip knows, or "of unknown version" (example: a folder on PYTHONPATH)."""
+    """The version that pip knows, else "of unknown version", as for a folder on PYTHONPATH."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -169,7 +169,7 @@ class _Steps:
 
     @classmethod
     def of(cls, norm: Any) -> "_Steps":
-        """Return the steps that an outer `with` block has hooked, or new steps."""
+        """Return the LayerNorm's `_Steps` from an outer `with` block. If there is none, add one."""
         return next((h for h in norm._forward_hooks.values() if type(h) is cls), None) or cls(norm)
 
     def __call__(self, norm: Any, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:

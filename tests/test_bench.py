@@ -70,7 +70,7 @@ def rows_of(*contenders, **fields):
     return {row.contender: row for row in measure(case(*contenders, **fields), seconds=0)}
 
 
-def test_a_cost_is_a_median_and_ratios_are_taken_within_rounds():
+def test_a_cost_is_a_median_and_ratios_compare_the_costs_of_the_same_round():
     # The first trial gives the output. The next three are warm-up, and the others are measured.
     ours = [9.0] * 4 + [1.0, 2.0, 4.0]
     theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times the costs in `ours`

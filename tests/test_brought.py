@@ -196,7 +196,7 @@ def test_our_own_vocabulary_with_a_literal_end_token_is_loaded(tmp_path):
     assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
 
 
-def test_an_open_clip_model_that_pools_at_the_end_token_of_clip_has_a_tokenizer(tmp_path):
+def test_an_open_clip_model_with_clips_eos_id_is_loaded_with_its_tokenizer(tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat"], 600, context_length=20)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
     vision = replace(TINY.vision, width=64, heads=1)

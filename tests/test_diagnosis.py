@@ -462,7 +462,7 @@ CODE = {
     ),
     "read_before_the_end_token": (
         "is_eos.int().argmax(-1), -1)", "is_eos.int().argmax(-1) - 1, -1)",
-        "text.pooled", "model has pooling before the end token",
+        "text.pooled", "model has pooling at the token before the end token",
     ),
     "end_token_that_no_text_has": (
         "ids == self.config.eos_token_id", "ids == 1",

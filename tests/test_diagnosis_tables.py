@@ -1,7 +1,8 @@
-"""Each entry of the diagnosis' tables computes the numbers of its fault. Parity names the fault.
+"""Each entry of the diagnosis' tables computes the numbers of a model with its fault.
 
-The tests use NumPy, torch or transformers to compute the numbers of each fault. They do not run a
-faulty model. Instead, a test takes the tensors of a correct run, and replaces one of them.
+Parity names the fault. The tests use NumPy, torch or transformers to compute the numbers of each
+fault. They do not run a faulty model. Instead, a test takes the tensors of a correct run, and
+replaces one of them.
 """
 
 import math
@@ -113,8 +114,10 @@ TABLES = {
             torch.stack([(X[0, 0] + X[0, 1]) / 2, X[1, 0], (X[2, 0] + X[2, 1] + X[2, 2]) / 3]),
         "pooling at the largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
         "pooling at the last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
-        "pooling before the end token": torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
-        "pooling after the end token": torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
+        "pooling at the token before the end token":
+            torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
+        "pooling at the token after the end token":
+            torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
     }),
     "length": ((X[0],), {
         f"embeddings divided by {words}": divisor
@@ -346,8 +349,9 @@ FOUND = {
         lambda s: s.t[f"{V}.resid_pre"] + s.t[f"{V}.attn_out"] / 2 + 2 * s.t[f"{V}.mlp_out"],
     "text.pooled | pooling at the first token": lambda s: s.read()[:, 0],
     "text.pooled | pooling at the last token": lambda s: s.read()[:, 16],
-    "text.pooled | pooling before the end token": lambda s: s.read()[s.rows, s.end - 1],
-    "text.pooled | pooling after the end token":
+    "text.pooled | pooling at the token before the end token":
+        lambda s: s.read()[s.rows, s.end - 1],
+    "text.pooled | pooling at the token after the end token":
         lambda s: s.read()[s.rows, (s.end + 1) % 17],
     "text.pooled | pooling by the mean of a text up to its end token":
         lambda s: torch.stack([s.read()[i, : s.end[i] + 1].mean(0) for i in range(8)]),

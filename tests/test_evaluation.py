@@ -84,7 +84,7 @@ def test_cached_features_are_not_computed_again(loaded, pictures, tmp_path, monk
     assert not torch.equal(third.vectors["proj"][0], first.vectors["proj"][0])
 
 
-def test_cached_embeddings_are_an_index_and_cached_features_are_not(loaded, pictures, tmp_path):
+def test_cached_embeddings_work_as_an_index_and_cached_features_do_not(loaded, pictures, tmp_path):
     picture_features(loaded, pictures, tmp_path / "cache", ("everyday", None))
     (embeds,) = (tmp_path / "cache").glob("*.proj.safetensors")
     (features,) = (tmp_path / "cache").glob("*.ln_post.safetensors")

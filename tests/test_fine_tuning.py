@@ -257,7 +257,7 @@ COLORS = ("red", "green", "blue", "white", "black", "yellow")
 
 
 @pytest.mark.parametrize("kind", ["folders", "captions", "beside"])
-def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
+def test_held_out_data_is_scored_by_classification_or_by_retrieval(kind, tmp_path):
     loaded = load("everyday")
     pictures = [Image.new("RGB", (32, 32), color) for color in COLORS]
     texts = ["a photo of a cat.", "a photo of a ship."]

@@ -401,7 +401,7 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
     (torch.float64, 1000), (torch.float32, 1000), (torch.bfloat16, 16), (torch.float16, 16),
 ])  # fmt: skip
 def test_the_sum_of_the_parts_may_differ_from_the_embedding_by_some_rounding_errors(dtype, count):
-    """The limit grows with the total size of the parts (here 6), because parts may cancel."""
+    """The limit grows with the sum of absolute values (here 4 + 2), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),

@@ -121,7 +121,7 @@ def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_type_checkers_find_exactly_the_wrong_calls(checker):
+def test_type_checkers_report_every_wrong_call_and_no_other_call(checker):
     """Type checkers know the arguments of a model, tower or fork, so they find wrong calls."""
     pytest.importorskip(checker)
     program = ROOT / "tests" / "typed_user.py"

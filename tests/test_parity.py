@@ -271,7 +271,7 @@ def assert_tokens_differ(faulty, whole, cause):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_with_the_other_reference_is_named(whole):
+def test_compare_reports_that_two_tokenizers_have_different_references(whole):
     faulty = whole[0]._replace(tokenizer=Tokenizer.from_pretrained("everyday", reference="openai"))
     assert_tokens_differ(faulty, whole, "other lacks OpenAI's cleaning (ftfy, html)")
 
@@ -311,7 +311,7 @@ def settings_of(transform):
 
 
 @pytest.mark.slow
-def test_a_transform_with_the_other_reference_is_named(whole):
+def test_compare_reports_that_two_transforms_have_different_references(whole):
     faulty = ImageTransform(**settings_of(whole[0].transform), reference="openai")
     report = compare(whole[0]._replace(transform=faulty), whole[1])
     assert (report.first, report.cause) == ("pixels", "model has OpenAI's crop and order of steps")
@@ -485,8 +485,9 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if one model's weights were merged, or rounded once more than the other's.
-    # For logits too, this limit is multiplied by the tensor's largest number.
+    # `exact` is 1e-6 if one model's weights were merged, or if they were rounded one more time
+    # than the other model's weights. For logits too, this limit is multiplied by the tensor's
+    # largest number.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
@@ -520,7 +521,7 @@ def test_merged_weights_may_differ_by_a_millionth(pair):
 
 @torch.no_grad()
 def test_an_added_parameter_does_not_hide_a_small_fault_in_half_precision(pair):
-    """A merge also changes common parameters. If none of them changed, float64 runs must agree."""
+    """A merge changes parameters that both models have. If none differ, float64 runs must agree."""
     fork = copy.deepcopy(pair[0])
     fork.register_parameter("unused", nn.Parameter(torch.zeros(1)))
     assert compare(fork, pair[0], dtype=torch.bfloat16).first is None
@@ -743,7 +744,7 @@ def test_gradients_of_another_vocabulary_and_context_are_compared(pair):
         assert compare(*models, gradients=True).first is None
 
 
-def test_models_without_a_common_gradient_are_an_error(pair):
+def test_it_is_an_error_if_no_parameter_has_a_gradient_in_both_models(pair):
     frozen = copy.deepcopy(pair[0]).requires_grad_(False)
     with pytest.raises(ValueError, match=r"no gradient can be compared: set requires_grad"):
         compare(frozen, pair[0], gradients=True)

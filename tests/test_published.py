@@ -167,7 +167,7 @@ def larger_images(loaded, size, directory):
 
 
 @torch.no_grad()
-def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
+def test_larger_images_have_the_embeddings_of_transformers(loaded, theirs, tmp_path):
     model, _, transform = larger_images(loaded, 96, tmp_path)  # the original size is 64
     picture = torch.randint(256, (3, 120, 150), dtype=torch.uint8)
     pixels = transform([picture]).double()

@@ -1296,7 +1296,7 @@ def test_wrong_arguments_give_a_one_line_error(run, indexed, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_sheet_shows_scripts_that_pillows_font_lacks(loaded, tmp_path):
+def test_a_sheet_shows_writing_systems_that_pillows_font_lacks(loaded, tmp_path):
     titles = ("Кот и пёс", "Пёс и кот", "γάτα", "日本", "nothing \udcff")
     blots(0).save(tmp_path / "кот.png")
     index = embed_images(loaded, [str(tmp_path / "кот.png")])

@@ -535,7 +535,7 @@ def test_a_load_during_a_save_reads_the_files_of_one_save(saved, monkeypatch, re
     [("train_log.txt", 1), ("metrics.json", 1), ("merges.txt", 2), ("my.pt", 2)]
     + [("model-00001-of-00002.safetensors", 2), ("added_tokens.json", 2), ("other.pt", 1)],
 )
-def test_a_read_is_repeated_only_if_a_file_that_it_may_read_has_changed(tmp_path, written, times):
+def test_a_read_is_repeated_only_if_a_file_of_the_checkpoint_has_changed(tmp_path, written, times):
     """Another program may write a log to the folder of a checkpoint all the time."""
     reads = []
 

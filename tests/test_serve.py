@@ -422,7 +422,8 @@ def test_a_new_image_shows_the_heat_of_its_own_best_label(page, tmp_path):
     assert "cup of coffee" in page.inner_text("#text")
     Image.fromarray(skimage.data.rocket()).save(tmp_path / "rocket.png")
     page.fill("#labels", "cup of coffee\nrocket")
-    page.wait_for_selector("#bars li:nth-child(2):last-child")  # the page asks after a short wait
+    # The page sends its question to the server after a short wait.
+    page.wait_for_selector("#bars li:nth-child(2):last-child")
     settle(page)
     page.set_input_files("#file", tmp_path / "rocket.png")
     page.wait_for_selector("#bars li:first-child:has-text('rocket')")

@@ -221,7 +221,7 @@ def test_training_never_shows_or_names_held_out_pairs():
         assert HELD_OUT >= {(o.colour, o.shape) for o in scene(i, held_out=True).objects}
 
 
-def test_a_relation_is_named_at_a_distance_of_at_least_eight_pixels():
+def test_a_relation_is_used_only_if_the_objects_are_at_least_eight_pixels_apart():
     one = scene(0, count=1).objects[0]
     for distance, expected in ((7, set()), (8, {"to the left of", "to the right of"})):
         other = one._replace(x=one.x + distance)

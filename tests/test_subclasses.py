@@ -641,7 +641,7 @@ class NumberVision(VisionTower):
 
 @torch.no_grad()
 @pytest.mark.parametrize("vision", [AttributeVision, NumberVision])
-def test_a_class_may_read_and_keep_tensors(vision, tmp_path):
+def test_a_constructor_may_read_a_tensor_or_keep_it_as_an_attribute(vision, tmp_path):
     """The meta device has no values for these tensors, so the model is built on the CPU."""
     kind = type("TensorCLIP", (CLIP,), {"vision_class": vision})
     saved_and_loaded(redraw(kind(TINY).double()), tmp_path)
@@ -751,7 +751,7 @@ class StemVision(VisionTower):
         return super().embed_tokens(F.avg_pool2d(pixels, 3, 1, 1))
 
 
-def test_a_method_that_an_instrument_cannot_follow_is_named():
+def test_the_error_names_the_method_that_an_instrument_cannot_follow():
     pixels, _ = some()
     with pytest.raises(ValueError, match="NormedValues.qkv changes the values"):
         lens.decompose(redraw(clip_of(NormedValues)(TINY)).double(), pixels)

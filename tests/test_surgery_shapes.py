@@ -123,7 +123,7 @@ def test_pruning_neurons_equals_zeroing_their_activation(model, tower):
 
 
 class Gate(nn.Module):
-    """A number for each head, chosen by the head's position: (B, T, H, D) -> (B, T, H, D)"""
+    """Multiply each head by a number that depends on its position: (B, T, H, D) -> (B, T, H, D)"""
 
     def forward(self, z):
         return z * torch.arange(1, 1 + z.shape[2])[:, None]
@@ -661,8 +661,8 @@ def test_transformers_cannot_load_a_model_that_it_would_compute_wrongly(name, tm
 
 
 @pytest.mark.slow
-def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """transformers would ignore registers. The list of heads makes transformers raise an error."""
+def test_without_a_list_of_head_counts_transformers_would_run_another_model(tmp_path):
+    """transformers would ignore registers. A list of head counts makes it raise an error."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())

@@ -173,7 +173,7 @@ def wrong_activation(model):
 @pytest.mark.parametrize("change", [
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
-def test_models_that_their_configs_do_not_describe_have_no_mean(combine, change):
+def test_combining_models_is_an_error_if_their_configs_do_not_describe_them(combine, change):
     """A mean of unmerged models would be wrong, because it averages LoRA's A and B separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))

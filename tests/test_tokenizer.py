@@ -972,7 +972,7 @@ def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
     "path, commit",
     [("models--a--b/snapshots/c0ffee/model.bin", "c0ffee"), ("snapshots/mine/model.bin", None)],
 )
-def test_the_commit_of_a_path_is_read_only_from_the_hubs_cache(path, commit):
+def test_only_a_path_in_the_hubs_cache_contains_a_commit(path, commit):
     """A user's own folder may be called snapshots."""
     assert commit_of(Path(path)) == commit
     assert commit_of(Path("/data/snapshots") / path / "snapshots" / "1") == commit

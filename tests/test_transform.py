@@ -733,7 +733,7 @@ def test_images_in_one_open_tar_are_read_one_at_a_time(is_opened, tmp_path, two_
     assert torch.equal(pixels, expected)
 
 
-def test_a_sequence_may_make_its_images_at_each_access(two_threads):
+def test_a_sequence_may_create_an_image_each_time_the_image_is_read(two_threads):
     class Lazy(Sequence):
         def __len__(self):
             return 12
@@ -1041,7 +1041,7 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
         ("a.dng", encoded("tiff"), "rawpy"),  # Pillow would read only the thumbnail
     ],
 )
-def test_an_error_for_a_format_unknown_to_pillow_names_the_package_that_reads_it(
+def test_if_pillow_does_not_know_a_format_the_error_names_the_package_that_reads_it(
     name, data, package, tmp_path
 ):
     if package not in pictures.missing_packages().values():

@@ -512,7 +512,7 @@ def test_images_of_every_mode_are_read(tmp_path, mode):
     assert (result.images.tolist(), result.skipped) == ([1], [])
 
 
-def test_reading_ahead_keeps_the_order_and_its_limit():
+def test_reading_ahead_keeps_the_order_and_stops_at_its_limit():
     started = []
     overtaken, sixth, seventh, goes_on = (threading.Event() for _ in range(4))
 

@@ -62,7 +62,7 @@ READY = {"miniclip": ready_miniclip, "transformers": ready_transformers}
 
 
 def kilobytes(field: str) -> int:
-    """Read a field of this process's status. getrusage's peak would include the parent process."""
+    """Read a field of /proc/self/status. getrusage's peak memory would include the parent's."""
     with open("/proc/self/status") as status:
         found = re.search(field + r":\s*(\d+) kB", status.read())
     return int(found[1]) if found else 0

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows: Any
     if args.growth:
-        keep_freed_memory()  # otherwise Linux would clear memory during the timed work
+        keep_freed_memory()  # otherwise Linux would fill memory with zeros during the timed work
         rows = growth(args.shape, args.device)
         text = growth_table(rows)
     else:

@@ -118,8 +118,9 @@ def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors.
 
-    By default glibc returns large blocks to Linux, and Linux clears each page before its next use.
-    For 64 images in B/32, clearing takes an eighth of the time. Memory use may grow by a quarter.
+    By default glibc returns large blocks to Linux, and Linux fills each page with zeros before its
+    next use. For 64 images in B/32, this takes an eighth of the time. Memory use may grow by a
+    quarter.
     """
     if sys.platform != "linux":
         return

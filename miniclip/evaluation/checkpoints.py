@@ -68,7 +68,7 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
         A function that returns a dict of a checkpoint's scores. With class folders, the scores are
         the zero-shot accuracy and the mean accuracy of the classes. With captions, the scores are
         the mean recall@1 of both directions, and the recall@1 of each direction. `train` uses the
-        first score to find the best checkpoint.
+        first of these scores to find the best checkpoint.
 
     Raises:
         ValueError: `data` has no images with captions, and `check_classes` refuses its folders.

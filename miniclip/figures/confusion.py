@@ -35,7 +35,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw the confusion matrix. A cell is a share of the images whose true class is its row."""
+    """Draw the confusion matrix. A cell shows a share of the images of its row's true class."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # Darkness is the square root of the share, so that small shares are visible.

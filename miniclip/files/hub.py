@@ -226,7 +226,7 @@ def _check_hashes(
 
     A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
     the hash. The file `checked` is a list of the verified files. Raises CheckpointError if a hash
-    differs. A damaged file that is not in `before` was downloaded by this load, and is deleted.
+    differs. If a damaged file is not in `before`, this load downloaded it, so the file is deleted.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None

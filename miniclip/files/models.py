@@ -187,7 +187,7 @@ class Stored(NamedTuple):
         if complaints := missing + unexpected + misshapen + mistyped:
             raise CheckpointError(
                 f"{self.path}: {len(complaints)} tensors do not fit the model that its config "
-                f"describes. The first is {complaints[0]}\n" + "\n".join(complaints[:1000])
+                f"describes. The first error: {complaints[0]}\n" + "\n".join(complaints[:1000])
             )
 
 

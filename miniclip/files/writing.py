@@ -33,7 +33,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file's path. If no error occurs, this file replaces `path` at the end."""
-    if path.exists() and not path.is_file():  # do not replace a device
+    if path.exists() and not path.is_file():  # do not replace a pipe or a device such as /dev/null
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with _private_folder(path.parent) as folder:
         temporary = folder / path.name

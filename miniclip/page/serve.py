@@ -48,7 +48,7 @@ MAX_WAITING = 16  # questions at once: one is being answered, the others wait
 MAX_SECONDS = 60  # for receiving a question, and again for answering it
 IDLE_SECONDS = 30  # after this time, a connection that asks nothing is closed
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow may start programs for other types
-SIDE = 448  # the smallest side of an image on the page, in pixels
+SIDE = 448  # the page shows the crop that the model sees with at least this many pixels a side
 THUMBNAIL = (224, 224)  # the largest size of a search result, in pixels
 
 # This header tells the browser to load nothing from other servers.

@@ -214,7 +214,7 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Return whether one model's weights were rounded once more than the other model's weights.
+    """Return whether one model's weights were rounded one more time than the other model's weights.
 
     True if one model lacks a parameter, because merging it into another parameter rounds the
     result. Also True if some parameters differ, each by at most one rounding error, like x and

@@ -64,8 +64,10 @@ POOLS = {
     "pooling by the maximum of all tokens": lambda x, ids, end: x.amax(1),
     "pooling by the mean of a text up to its end token": _mean_to_the_end,
     "pooling at the last end token": _last_end,
-    "pooling before the end token": lambda x, ids, end: token_at(x, ids, end - 1),
-    "pooling after the end token": lambda x, ids, end: token_at(x, ids, (end + 1) % x.shape[1]),
+    "pooling at the token before the end token": lambda x, ids, end: token_at(x, ids, end - 1),
+    "pooling at the token after the end token": lambda x, ids, end: token_at(
+        x, ids, (end + 1) % x.shape[1]
+    ),
 }
 LEAST = torch.finfo(torch.float64).min
 LAYER_NORMS = ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")

@@ -241,9 +241,9 @@ def common_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return random pixels and ids that both models can read.
 
-    Each text contains both models' end tokens; their positions differ from text to text. A text has
-    the context length minus `shorter` tokens. A model that wrongly counts positions from the end of
-    the context differs only if `shorter` is above 0.
+    Each text contains both models' end tokens; their positions differ from text to text. The number
+    of tokens of a text is the context length minus `shorter`. A model that wrongly counts positions
+    from the end of the context differs only if `shorter` is above 0.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=images, texts=texts, tokens=tokens, seed=seed)

@@ -96,8 +96,8 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     row = exact_difference("tokens", *found)
     if not row.within_tolerance:
         return [row], cause_in_tokens(one, other, words)
-    # Two merges in the wrong order change few words, and often no word of the vocabulary. So the
-    # merges are compared too.
+    # If two merges are in the wrong order, few words get other ids, and often no word of the
+    # vocabulary does. So the merges are compared too.
     merges = [getattr(tokenizer, "merges", []) for tokenizer in (ours, theirs)]
     for rank, (mine, yours) in enumerate(zip(*merges)):
         if mine != yours:

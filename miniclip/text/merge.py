@@ -59,8 +59,8 @@ class Merger:
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
-            # Skip the pair if one of its ids was merged after `push`. The rank has then changed,
-            # because no two pairs have the same rank.
+            # Skip the pair if one of its ids was merged after `push`. Then the two ids are another
+            # pair with another rank or no rank, because no two pairs have the same rank.
             if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
                 continue
             ids[i], ids[j] = self.joined[rank], GONE

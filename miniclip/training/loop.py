@@ -83,7 +83,8 @@ def train(
             loss is an nn.Module, its parameters are trained and saved too. A fork with its own
             `score` needs such a loss.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
-            `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
+            `evaluation.scorer`. `out`/best is the checkpoint with the highest value of the
+            dict's first score.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:

@@ -152,7 +152,7 @@ def kinds(scene: Scene) -> tuple[Kind, ...]:
 
 
 def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
-    """Return every true (a, b, relation) with a distance of at least CLEAR pixels."""
+    """Return each true (a, b, relation) with a and b at least CLEAR pixels apart along its axis."""
     return [
         (a, b, relation)
         for a, b in permutations(scene.objects, 2)

@@ -1,6 +1,6 @@
 """Faults to plant in `bench`, `parity` and `parts.py`."""
 
-# ruff: noqa: E501  # snippets have the indentation of the package
+# ruff: noqa: E501  # snippets keep the indentation of the package, so some lines are too long
 
 from slip import Slip
 
@@ -641,7 +641,7 @@ SLIPS = [
         TABLES,
     ),
     Slip(
-        "The pooling after the end token reads the second token after it, not the first.",
+        "The pooling at the token after the end token reads the second token after it, not the first.",
         "(end + 1) % x.shape[1]",
         "(end + 2) % x.shape[1]",
         TABLES,

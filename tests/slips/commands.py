@@ -979,7 +979,7 @@ SLIPS = [
         "One of the HEIC file types is not recognised.",
         'b"ftypmif1", b"ftyphevc")',
         'b"ftypmif1")',
-        f"{TRANSFORM} -k unknown_to_pillow",
+        f"{TRANSFORM} -k does_not_know_a_format",
     ),
     Slip(
         "A progress bar appears at once, not after two seconds.",
