@@ -109,7 +109,7 @@ def other_files(other, tmp_path):
 # --------------------------------------------------------------------------------- what should work
 
 
-def test_a_fresh_download_is_the_whole_checkpoint(hub, model):
+def test_load_downloads_the_model_the_tokenizer_and_the_transform(hub, model):
     loaded = miniclip.load(NAME)
     assert_same_weights(loaded.model, model)
     assert loaded.tokenizer(["a photo of a cat"]).shape == (1, 7)
@@ -117,7 +117,7 @@ def test_a_fresh_download_is_the_whole_checkpoint(hub, model):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_downloads_with_progress(hub, tmp_path):
+def test_a_download_in_a_new_process_shows_a_progress_bar(hub, tmp_path):
     script = f"import miniclip; print(miniclip.load({NAME!r}).model.config)"
     others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
@@ -182,7 +182,9 @@ READERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tmp_path, read):
+def test_load_and_each_from_pretrained_pass_each_option_to_huggingface_hub(
+    hub, monkeypatch, tmp_path, read
+):
     options = {"revision": "tuned", "cache_dir": tmp_path / "mine", "local_files_only": False}
     hub.repositories[NAME]["tuned"] = hub.repositories[NAME]["main"]
     asked_with = []
@@ -253,7 +255,7 @@ def as_open_clips(directory, name, model):
         (as_open_clips, "open_clip_pytorch_model.bin"),
     ],
 )
-def test_weights_of_every_form_are_downloaded(hub, tmp_path, write, name):
+def test_weights_in_every_layout_and_file_format_are_downloaded(hub, tmp_path, write, name):
     model = twins(replace(TINY, text=replace(TINY.text, eos_token_id=LEGACY_EOS)))[0]
     model.save_pretrained(tmp_path / "files")
     write(tmp_path / "files", name, model)
@@ -289,7 +291,7 @@ def test_every_file_of_a_tokenizer_is_downloaded(hub, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_transform_is_read_from_any_file_that_may_hold_it(hub, model, tmp_path):
+def test_a_transform_is_loaded_from_any_file_that_can_contain_it(hub, model, tmp_path):
     transform = ImageTransform(40, image_mean=(0.1, 0.2, 0.3))
     transform.save_pretrained(tmp_path / "files")
     files = contents(tmp_path / "files")
@@ -307,7 +309,7 @@ def test_a_transform_is_read_from_any_file_that_may_hold_it(hub, model, tmp_path
         assert ImageTransform.from_pretrained(NAME) == transform
 
 
-def test_cache_dir_is_where_the_files_go(hub, model, tmp_path):
+def test_from_pretrained_downloads_to_cache_dir(hub, model, tmp_path):
     assert_same_weights(CLIP.from_pretrained(NAME, cache_dir=tmp_path / "mine"), model)
     assert not Path(huggingface_hub.constants.HF_HUB_CACHE).exists()
     assert_same_weights(
@@ -315,7 +317,7 @@ def test_cache_dir_is_where_the_files_go(hub, model, tmp_path):
     )
 
 
-def test_only_one_form_of_the_weights_is_downloaded(hub, model):
+def test_if_the_hub_has_several_weight_formats_only_safetensors_is_downloaded(hub, model):
     for name in ("pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors"):
         hub.repositories[NAME]["main"][name] = b"not read"
     assert_same_weights(CLIP.from_pretrained(NAME), model)
@@ -323,7 +325,7 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
 
 
 @pytest.mark.slow
-def test_a_timm_repository_is_read(hub, model, tmp_path):
+def test_load_finds_the_clip_model_in_a_timm_repository(hub, model, tmp_path):
     """config.json and model.safetensors are timm's own. The CLIP is in open_clip's files."""
     folder = tmp_path / "timm"
     miniclip.save(folder, *miniclip.load(NAME), layout="open_clip")
@@ -342,7 +344,7 @@ def test_a_timm_repository_is_read(hub, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_subfolder_of_a_repository_is_read(hub, model, other, tmp_path):
+def test_a_checkpoint_in_a_subfolder_of_a_repository_is_loaded(hub, model, other, tmp_path):
     """Stable Diffusion has a subfolder `text_encoder`. Only files in it are downloaded."""
     files = hub.repositories[NAME]["main"]
     inside = {f"text_encoder/{name}": data for name, data in files.items()}
@@ -358,7 +360,7 @@ def test_a_subfolder_of_a_repository_is_read(hub, model, other, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ViT-L/14@336px", "L/14-336", "vit-l/14@336"])
-def test_openais_own_names_load_the_repositories_of_the_hub(hub, model, name):
+def test_model_names_of_openai_load_the_matching_repository_of_the_hub(hub, model, name):
     hub.repositories["openai/clip-vit-large-patch14-336"] = hub.repositories[NAME]
     assert_same_weights(CLIP.from_pretrained(name), model)
 
@@ -372,7 +374,7 @@ def test_openais_own_names_load_the_repositories_of_the_hub(hub, model, name):
         f"hf.co/{NAME}/tree/main",
     ],
 )
-def test_a_pasted_address_is_accepted_as_a_name(hub, model, name):
+def test_from_pretrained_accepts_a_pasted_address_of_a_repository(hub, model, name):
     assert_same_weights(CLIP.from_pretrained(name), model)
 
 
@@ -391,8 +393,8 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
         CLIP.from_pretrained(f"https://huggingface.co/{NAME}/blob/main/model.safetensors")
 
 
-def test_a_pasted_address_may_have_a_slash_or_a_space_in_a_name(monkeypatch):
-    """The hub's page of a pull request has such an address."""
+def test_a_pasted_address_can_contain_an_escaped_slash_or_space(monkeypatch):
+    """On the hub, the page of a pull request has a slash in its revision."""
     monkeypatch.setattr(hub_files, "_download", lambda *arguments: arguments)
     asked = hub_files.resolve("https://hf.co/me/x/tree/refs%2Fpr%2F21/my%20files", "config")
     assert asked[:4] == ("me/x", "config", "refs/pr/21", "my files")
@@ -447,7 +449,7 @@ def test_a_repository_without_weights_is_an_error(hub):
         "500 of weights",
     ],
 )
-def test_a_failed_request_is_one_clear_error_and_the_next_load_succeeds(
+def test_a_failed_request_raises_one_clear_error_and_the_next_load_succeeds(
     hub, model, fault, complaint
 ):
     hub.faults = [fault]
@@ -470,7 +472,7 @@ def test_an_unknown_revision_is_an_error(hub, revision):
         CLIP.from_pretrained(NAME, revision=revision)
 
 
-def test_the_message_of_a_missing_revision_names_it(hub):
+def test_the_error_for_an_unknown_revision_names_the_revision(hub):
     with pytest.raises(CheckpointError, match="RevisionNotFoundError.*Revision Not Found.*never"):
         CLIP.from_pretrained(NAME, revision="never")
 
@@ -485,13 +487,13 @@ def test_a_request_that_fails_once_is_repeated(hub, model, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 1, 10_000])
-def test_a_connection_that_is_cut_is_resumed(hub, model, keep):
+def test_a_download_continues_after_the_connection_is_cut_once(hub, model, keep):
     hub.faults = [Fault(WEIGHTS, times=1, keep=keep)]
     assert_same_weights(CLIP.from_pretrained(NAME), model)
     assert len(asked(hub, "/stored/")) == 2
 
 
-def test_a_connection_that_is_always_cut_leaves_no_trusted_file(hub, model):
+def test_if_the_connection_is_always_cut_no_load_trusts_a_partial_file(hub, model):
     hub.faults = [Fault(WEIGHTS, keep=0)]
     with pytest.raises(CheckpointError, match="client says RemoteProtocolError: .* closed"):
         CLIP.from_pretrained(NAME)
@@ -526,7 +528,9 @@ def turned(files):
         (turned, "model.safetensors was damaged in the download from the hub: its hash"),
     ],
 )
-def test_a_damaged_download_is_an_error_and_not_kept(hub, files, model, body, complaint):
+def test_a_damaged_weights_file_raises_an_error_and_is_not_cached(
+    hub, files, model, body, complaint
+):
     hub.faults = [Fault(WEIGHTS, body=body(files))]
     for _ in range(2):
         with pytest.raises(CheckpointError, match=complaint):
@@ -539,7 +543,7 @@ def test_a_damaged_download_is_an_error_and_not_kept(hub, files, model, body, co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "vocab.json"])
-def test_a_damaged_small_file_is_an_error_and_not_kept(hub, files, name):
+def test_a_damaged_small_file_raises_an_error_and_is_not_cached(hub, files, name):
     other = files[name].replace(b"0", b"1", 1)
     assert len(other) == len(files[name]) and other != files[name]
     hub.faults = [Fault(f"GET .*/{name}", body=other)]
@@ -551,7 +555,7 @@ def test_a_damaged_small_file_is_an_error_and_not_kept(hub, files, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_damaged_file_of_an_earlier_call_is_not_trusted(hub, files, model, name):
+def test_a_damaged_file_from_an_earlier_unchecked_download_raises_an_error(hub, files, model, name):
     """The earlier call downloaded the file, but ended before it checked the file."""
     if name == "config.json":
         hub.faults = [Fault(f"GET .*/{name}", body=files[name].replace(b"0", b"1", 1))]
@@ -595,7 +599,9 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, monkeypatch, name):
+def test_if_the_cache_has_no_symlinks_the_hashes_come_from_the_hub(
+    hub, files, model, monkeypatch, name
+):
     """Windows has no symlinks, so the snapshot has the file itself. Its name is not a hash."""
     monkeypatch.setattr(file_download, "are_symlinks_supported", lambda cache_dir=None: False)
     other = files[name][:-1] + b" " if name == "config.json" else turned(files)
@@ -617,7 +623,7 @@ def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, mon
     assert edited.read_bytes() == other
 
 
-def test_a_hub_that_does_not_answer_is_asked_for_hashes_once(hub, files):
+def test_a_failed_request_for_hashes_is_not_repeated(hub, files):
     hub.faults = [Fault("/api/models", status=503)]
     hub.requests.clear()
     assert _hashes_at(NAME, "main", local_files_only=False) == {}
@@ -658,7 +664,7 @@ def moving_branch(hub, commits, at):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", range(1, 12))
-def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
+def test_a_load_or_conversion_uses_one_commit_even_if_the_branch_moves(
     hub, files, other, tmp_path, at
 ):
     """All files come from one commit."""
@@ -692,7 +698,7 @@ def test_cached_features_are_stored_with_the_commit_of_their_model(hub, model, o
     assert index.encoder.fingerprint == fingerprint(made_by[index.encoder.revision])
 
 
-def test_hashes_are_checked_once(hub, monkeypatch):
+def test_the_hash_of_a_cached_file_is_checked_only_once(hub, monkeypatch):
     CLIP.from_pretrained(NAME)
     monkeypatch.setattr(hub_files, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
@@ -700,7 +706,7 @@ def test_hashes_are_checked_once(hub, monkeypatch):
         miniclip.load(NAME)  # the tokenizer's files are not checked yet
 
 
-def test_a_cache_that_cannot_store_notes_is_usable(hub, model):
+def test_a_cache_that_cannot_store_the_list_of_checked_files_still_works(hub, model):
     CLIP.from_pretrained(NAME)
     (notes,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/.miniclip-checked")
     notes.unlink()
@@ -710,7 +716,7 @@ def test_a_cache_that_cannot_store_notes_is_usable(hub, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [-100, 100])
-def test_a_file_whose_stated_length_is_wrong_is_an_error(hub, model, more):
+def test_it_is_an_error_if_the_hub_states_a_wrong_file_length(hub, model, more):
     size = len(hub.repositories[NAME]["main"]["model.safetensors"])
     hub.faults = [Fault("HEAD .*/resolve/.*safetensors", stated=size + more)]
     with pytest.raises(CheckpointError, match=f"should be of size {size + more}"):
@@ -719,7 +725,7 @@ def test_a_file_whose_stated_length_is_wrong_is_an_error(hub, model, more):
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
-def test_a_process_killed_during_a_download_leaves_nothing_that_is_trusted(hub, model, tmp_path):
+def test_no_load_trusts_a_partial_file_of_a_killed_download(hub, model, tmp_path):
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     CLIP.from_pretrained(NAME)
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
@@ -731,7 +737,7 @@ def test_a_process_killed_during_a_download_leaves_nothing_that_is_trusted(hub, 
 
 
 @pytest.mark.parametrize("place", ["cache", "cache/models--made-up--clip"])
-def test_a_cache_that_cannot_be_made_is_an_error(hub, tmp_path, place):
+def test_a_cache_that_cannot_be_created_is_an_error(hub, tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("a file")
     with pytest.raises(CheckpointError, match="client says (NotADirectory|FileExists)Error"):

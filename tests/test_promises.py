@@ -30,11 +30,11 @@ Each notebook runs offline in under three minutes
     notebooks: each_notebook_runs_without_an_error_or_a_warning
 `load` takes the name of an embedded checkpoint, a directory
     checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
-    hub: openais_own_names_load_the_repositories_of_the_hub
-    hub: a_pasted_address_is_accepted_as_a_name
+    hub: model_names_of_openai_load_the_matching_repository_of_the_hub
+    hub: from_pretrained_accepts_a_pasted_address_of_a_repository
 `subfolder="text_encoder"` reads the text tower
     brought: a_subfolder_of_a_directory_is_read
-    hub: a_subfolder_of_a_repository_is_read
+    hub: a_checkpoint_in_a_subfolder_of_a_repository_is_loaded
 `config=` gives the sizes
     brought: shapes_published_with_different_activations_need_a_config
 reads and writes all of these
@@ -118,15 +118,15 @@ or it loads exactly as the file says
 within a second of CPU time and 200 MB
     hostile: a_named_pipe_raises_an_error_without_waiting
     hostile: long_files_take_little_memory_and_give_short_messages
-    tokenizer: a_long_run_of_marks_takes_no_quadratic_time
-    tokenizer: each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token
+    tokenizer: cleaning_many_combining_marks_does_not_take_quadratic_time
+    tokenizer: splitting_at_added_tokens_does_one_lookup_per_position_and_token_length
 from the hub raises an error, and is deleted
-    hub: a_damaged_download_is_an_error_and_not_kept
-    hub: without_symlinks_the_hub_is_asked_for_the_hashes
+    hub: a_damaged_weights_file_raises_an_error_and_is_not_cached
+    hub: if_the_cache_has_no_symlinks_the_hashes_come_from_the_hub
 changed later raises an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
 come from one commit
-    hub: a_branch_may_get_a_new_commit_during_a_load_or_a_conversion
+    hub: a_load_or_conversion_uses_one_commit_even_if_the_branch_moves
     hub: cached_features_are_stored_with_the_commit_of_their_model
 or from one save
     saving: a_load_during_a_save_reads_the_files_of_one_save

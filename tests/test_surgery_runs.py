@@ -58,7 +58,7 @@ def handles(model):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_ablating_heads_equals_pruning_them(model, tower):
+def test_ablating_heads_has_the_same_effect_as_pruning_them(model, tower):
     x, heads = inputs(model, tower), {0: [0], 1: [1]}
     whole = encode(model, tower, x)
     with ablate_heads(model, tower, heads):
@@ -69,7 +69,7 @@ def test_ablating_heads_equals_pruning_them(model, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_mean_ablation_gives_every_row_the_mean(model, tower):
+def test_mean_ablation_replaces_the_output_of_a_head_by_the_batch_mean(model, tower):
     x = inputs(model, tower)
     alike = x[:1].expand_as(x)
     whole = encode(model, tower, alike)
@@ -85,7 +85,7 @@ def test_mean_ablation_gives_every_row_the_mean(model, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_patching_gives_the_result_of_the_other_run(model, tower):
+def test_patching_the_last_block_gives_the_embedding_of_the_source_run(model, tower):
     one, other = inputs(model, tower), inputs(model, tower, seed=1)
     last = getattr(TINY, tower).layers - 1
     end = f"{tower}.blocks.{last}"
@@ -111,7 +111,7 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_patching_some_heads_at_some_positions_changes_only_those(model, tower):
+def test_patching_chosen_heads_at_chosen_positions_changes_nothing_else(model, tower):
     one, other = inputs(model, tower), inputs(model, tower, seed=1)
     site = f"{tower}.blocks.0.attn.z"
     with cache(model, site) as source:
@@ -139,7 +139,7 @@ def test_patching_some_heads_at_some_positions_changes_only_those(model, tower):
     "part",
     ["attn.z", "attn.pattern", "attn.pattern.input", "attn.scores", "resid_mid", "ln_2.input"],
 )
-def test_patching_may_choose_another_token_in_each_row(part):
+def test_patching_can_use_different_positions_for_each_text(part):
     model, site = tiny_clip(), f"text.blocks.1.{part}"
     one, other = inputs(model, "text"), inputs(model, "text", seed=1)
     acts = {}
@@ -171,7 +171,7 @@ def test_patching_may_choose_another_token_in_each_row(part):
     ("text.proj", {"positions": [1, 4, 0]}, "text.proj has no tokens to choose from"),
     ("text.blocks.0.attn.z", {"heads": [2]}, "no heads [2]; expected numbers from 0 to 1"),
 ])  # fmt: skip
-def test_positions_and_heads_that_do_not_fit_are_an_error(site, options, words):
+def test_invalid_positions_or_heads_of_a_patch_are_an_error(site, options, words):
     model = tiny_clip()
     x = inputs(model, "text")
     with cache(model, site) as acts:
@@ -193,7 +193,7 @@ class Autoencoder(nn.Module):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_splicing_replaces_a_site_and_an_error_term_restores_it(model, tower):
+def test_splice_replaces_a_tensor_and_an_error_term_restores_it(model, tower):
     x, site = inputs(model, tower), f"{tower}.blocks.0.resid_mid"
     width = getattr(TINY, tower).width
     sae = Autoencoder(width).to(model.logit_scale.dtype)
@@ -279,7 +279,7 @@ def test_patch_dropout_rounds_the_number_of_kept_patches_but_keeps_at_least_one(
     (lambda m: patch_dropout(m, 1.0), "share is 1.0; expected 0 or more, and less than 1"),
     (lambda m: patch_dropout(m, -0.1), "share is -0.1; expected 0 or more, and less than 1"),
 ])  # fmt: skip
-def test_an_impossible_intervention_is_an_error_and_leaves_no_hooks(context, words):
+def test_an_impossible_intervention_raises_an_error_and_leaves_no_hooks(context, words):
     model = tiny_clip()
     with pytest.raises(ValueError, match=re.escape(words)), context(model):
         model.encode_image(inputs(model, "vision"))
@@ -394,7 +394,7 @@ DERIVED = {
 @pytest.mark.parametrize("shape", ["square", "wide, pruned, with registers", "deep"])
 @pytest.mark.parametrize("preset", DERIVED)
 @torch.no_grad()
-def test_each_preset_equals_its_definition(model, preset, shape):
+def test_each_preset_gives_the_same_features_as_its_definition(model, preset, shape):
     if shape == "wide, pruned, with registers":
         model = add_registers(resize_image(prune_heads(model, "vision", {2: [1]}), (24, 56)), 2)
         model.vision.register_embed.data.normal_()
@@ -409,12 +409,12 @@ def test_each_preset_equals_its_definition(model, preset, shape):
         assert_far(found, DERIVED[other](model, x))
 
 
-def test_every_preset_has_a_definition_here():
+def test_every_preset_is_compared_with_a_definition():
     assert PRESETS.keys() == DERIVED.keys()
 
 
 @torch.no_grad()
-def test_dense_features_run_the_hooks_of_the_model_and_do_not_change_it(model):
+def test_dense_features_run_the_hooks_and_do_not_change_the_model(model):
     x = inputs(model, "vision")
     whole = encode(model, "vision", x)
     before = dense_features(model, x, "sclip")
@@ -430,7 +430,7 @@ def test_dense_features_run_the_hooks_of_the_model_and_do_not_change_it(model):
 
 
 @torch.no_grad()
-def test_a_user_may_write_a_preset(model):
+def test_dense_features_accept_a_preset_that_the_user_wrote(model):
     x, block = inputs(model, "vision"), model.vision.blocks[-1]
 
     def first_patch(q, k, v, seen):
@@ -515,7 +515,7 @@ def test_dense_features_at_another_size_leave_a_position_embedding_buffer_unchan
 
 
 @torch.no_grad()
-def test_each_image_uses_its_own_features_from_the_other_model(model):
+def test_proxyclip_uses_the_features_of_the_same_image_from_the_other_model(model):
     x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign))
     assert found.shape == (3, 24, 36)
@@ -536,8 +536,8 @@ def test_each_image_uses_its_own_features_from_the_other_model(model):
 
 
 @torch.no_grad()
-def test_similar_features_of_another_model_give_no_nan(model):
-    """If no cosine reaches 1.2 times the mean, each patch attends to itself alone."""
+def test_proxyclip_gives_no_nan_if_features_of_the_other_model_are_similar(model):
+    """If no cosine reaches 1.2 times the mean, each patch attends only to itself."""
     x, foreign = inputs(model, "vision", 2), torch.rand(2, 7, 5, 5).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign + 9))
     to_itself = Preset(lambda q, k, v, seen: torch.eye(26).to(v))
@@ -554,7 +554,7 @@ class PatchesFirst(VisionTower):
 
 
 @torch.no_grad()
-def test_neighbours_are_found_where_a_fork_has_its_patches(model):
+def test_naclip_finds_neighbouring_patches_in_a_fork_with_another_token_order(model):
     x = inputs(model, "vision")
     expected = dense_features(model, x, "naclip")
 
@@ -616,7 +616,7 @@ def test_only_the_learned_context_vectors_get_a_gradient():
     ((2, 5, 1), ValueError, "token vectors have shape (2, 5, 1); expected (B, T, 40)"),
     ((2, 21, 40), ContextLengthError, "the texts have 21 tokens; this text tower has 20 positions"),
 ])  # fmt: skip
-def test_prompts_that_do_not_fit_the_text_tower_are_an_error(shape, error, words):
+def test_prompt_vectors_with_a_wrong_shape_are_an_error(shape, error, words):
     with pytest.raises(error, match=re.escape(words)):
         encode_prompts(tiny_clip(), torch.zeros(shape), torch.zeros(2, dtype=torch.long))
 

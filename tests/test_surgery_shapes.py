@@ -81,7 +81,7 @@ def zeroed_outputs(model, tower, heads):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_pruning_heads_equals_ignoring_their_output(model, tower):
+def test_pruning_heads_has_the_same_effect_as_zeroing_their_output(model, tower):
     heads = {0: [1], 1: [0]}
     pruned = prune_heads(model, tower, heads)
     D = getattr(model, tower).blocks[0].attn.head_width
@@ -104,7 +104,7 @@ def CLIP_like(model):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_pruning_neurons_equals_zeroing_their_activation(model, tower):
+def test_pruning_neurons_has_the_same_effect_as_zeroing_their_activation(model, tower):
     gone = {0: [0, 5, 91], 1: range(40)}
     pruned = prune_neurons(model, tower, gone)
 
@@ -133,7 +133,7 @@ def test_pruning_is_an_error_if_a_replaced_module_mixes_neurons_or_heads():
     model = tiny_clip()
     for block in model.vision.blocks:
         block.mlp.act = nn.Sequential(block.mlp.act, nn.ReLU())
-    prune_neurons(model, "vision", {0: range(20), 1: []})  # ReLU acts on each neuron alone
+    prune_neurons(model, "vision", {0: range(20), 1: []})  # ReLU does not mix neurons
     act = model.vision.blocks[0].mlp.act
     for mixing in (nn.Softmax(-1), nn.LayerNorm(100)):
         act[1] = mixing
@@ -149,7 +149,7 @@ def test_pruning_is_an_error_if_a_replaced_module_mixes_neurons_or_heads():
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_layer_that_lost_all_its_heads_and_neurons_adds_its_biases(model, tower, tmp_path):
+def test_a_layer_without_heads_and_neurons_adds_only_its_biases(model, tower, tmp_path):
     part = getattr(TINY, tower)
     pruned = prune_heads(model, tower, {1: range(part.heads)})
     pruned = prune_neurons(pruned, tower, {1: range(part.mlp_width)})
@@ -184,7 +184,7 @@ def test_kept_layers_run_in_the_given_order(model, tower):
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_empty_surgery_changes_nothing(model, tower):
+def test_surgery_that_removes_and_adds_nothing_returns_an_equal_copy(model, tower):
     part = getattr(TINY, tower)
     for same in (
         prune_heads(model, tower, {}),
@@ -236,7 +236,7 @@ def test_reconfigure_updates_the_config_of_a_changed_model(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"stride": (4, 4)}, {"padding": (2, 2)}])
-def test_patches_that_overlap_have_no_grid(change):
+def test_patch_grid_raises_an_error_for_overlapping_or_padded_patches(change):
     model = copied(tiny_clip())
     for name, value in change.items():
         setattr(model.vision.patch_embed, name, value)
@@ -254,7 +254,7 @@ SIZES = [(56, 56), (24, 24), (40, 72), (80, 24), (200, 8), (45, 51)]
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_resizing_equals_transformers(size):
+def test_resize_image_gives_the_same_embedding_as_in_transformers(size):
     ours, theirs = twins(TINY, dtype=torch.float64)
     pixels = torch.randn(2, 3, *size, dtype=torch.float64)
     expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
@@ -297,7 +297,7 @@ def resampling_matrix(old, new, method):
 @pytest.mark.sweep(5)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["transformers", "timm", "openai-bilinear", "dino"])
-def test_resizing_equals_the_formula_of_each_method(size, method):
+def test_resize_image_follows_the_formula_of_each_method(size, method):
     model = tiny_clip(torch.float64)
     pos_embed = model.vision.pos_embed.detach()
     resized = resize_image(model, size, method)
@@ -311,7 +311,7 @@ def test_resizing_equals_the_formula_of_each_method(size, method):
     assert resized.config.vision.image_size == (size[0] if size[0] == size[1] else size)
 
 
-def test_another_grid_with_the_same_number_of_patches_has_another_position_embedding():
+def test_a_new_grid_with_the_same_number_of_patches_gets_a_new_position_embedding():
     config = replace(TINY, vision=replace(TINY.vision, image_size=32))
     model, _ = twins(config)
     wide = resize_image(model, (16, 64))  # 4 x 4 patches become 2 x 8
@@ -350,7 +350,7 @@ def resized_table(old, new, method):
 
 
 @pytest.mark.slow
-def test_resizing_equals_timm_and_open_clip(recorded):
+def test_resize_image_gives_the_same_position_embedding_as_timm_and_open_clip(recorded):
     for (old, new), values in zip(record_timm.GRIDS, recorded["timm.pos_embed"], strict=True):
         assert_recorded(resized_table(old, new, "timm"), values)
         for other in ("transformers", "openai-bilinear", "dino"):
@@ -376,7 +376,7 @@ def test_patches_are_resized_as_in_timm(recorded):
             assert_recorded(found.flip(2), values, tolerance=1e-3)
 
 
-def test_resize_channels_equals_timm(recorded):
+def test_resize_channels_computes_the_same_weights_as_timm(recorded):
     model = CLIP(replace(TINY, vision=replace(TINY.vision, width=12, heads=2, patch_size=2)))
     model.vision.patch_embed.weight.data[:2] = record_timm.waves(2, 3, 2, 2)
     for channels, values in zip(record_timm.CHANNELS, recorded["timm.channels"], strict=True):
@@ -388,7 +388,7 @@ def test_resize_channels_equals_timm(recorded):
     assert resize_channels(model, 3).state_dict().keys() == model.state_dict().keys()
 
 
-def test_one_channel_reads_grey_like_three_channels():
+def test_a_model_with_one_channel_embeds_grey_images_like_the_original():
     model = tiny_clip().double()
     grey = random_inputs(TINY)[0].double()[:, :1]
     expected = model.encode_image(grey.expand(-1, 3, -1, -1))
@@ -402,7 +402,7 @@ def test_one_channel_reads_grey_like_three_channels():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_model_with_another_number_of_channels_is_saved_and_loaded(channels, tmp_path):
+def test_a_model_with_1_or_4_channels_is_saved_and_loaded(channels, tmp_path):
     model = resize_channels(tiny_clip(), channels)
     model.save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
@@ -414,7 +414,7 @@ def test_a_model_with_another_number_of_channels_is_saved_and_loaded(channels, t
     torch.testing.assert_close(theirs.pooler_output, ours)
 
 
-def test_contexts_are_stretched_as_in_open_clip(recorded):
+def test_extend_context_stretches_the_position_embedding_as_in_open_clip(recorded):
     values = recorded["open_clip.text_pos_embed"]
     for (old, new), values in zip(record_timm.CONTEXTS, values, strict=True):
         config = replace(TINY.text, width=2, heads=1, context_length=old)
@@ -444,7 +444,7 @@ def resize_matrix(old, new):
 
 
 @pytest.mark.parametrize("size", [4, 7, 12, 16])
-def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
+def test_resize_patch_multiplies_the_weights_by_a_pseudo_inverse(size):
     model = tiny_clip(torch.float64)
     resized = resize_patch(model, size)
     matrix = resize_matrix(8, size)
@@ -460,7 +460,7 @@ def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
 
 
 @torch.no_grad()
-def test_a_resized_patch_reads_resized_images_like_the_original():
+def test_a_model_with_a_resized_patch_embeds_resized_images_like_the_original():
     model = tiny_clip(torch.float64)
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (2, 3, 5, 5, 8, 8)
@@ -498,7 +498,7 @@ def linear(rows, count):
     return torch.stack(out)
 
 
-def test_longer_contexts_equal_the_published_formulas(model):
+def test_extend_context_follows_the_published_formulas(model):
     rows = model.text.pos_embed.detach()
     stretched = extend_context(model, 8 + 12 * 4, keep=8)
     assert_close(stretched.text.pos_embed.detach(), longclip(rows, 8, 4))
@@ -511,7 +511,7 @@ def test_longer_contexts_equal_the_published_formulas(model):
     assert_far(stretched.text.pos_embed[:33], straight)
 
 
-def test_clip_of_77_becomes_long_clip_of_248():
+def test_extend_context_turns_77_positions_into_the_248_positions_of_long_clip():
     config = replace(TINY, text=replace(TINY.text, context_length=77))
     model, _ = twins(config, dtype=torch.float64)
     expected = longclip(model.text.pos_embed.detach(), 20, 4)
@@ -519,7 +519,7 @@ def test_clip_of_77_becomes_long_clip_of_248():
 
 
 @torch.no_grad()
-def test_a_text_that_ends_within_the_kept_rows_keeps_its_embedding(model):
+def test_a_text_that_ends_at_an_unchanged_position_has_the_same_embedding(model):
     _, ids = random_inputs(TINY, texts=4, tokens=9)
     stretched = extend_context(model, 60, keep=9)
     assert torch.equal(stretched.encode_text(ids), model.encode_text(ids))
@@ -532,7 +532,7 @@ def test_a_text_that_ends_within_the_kept_rows_keeps_its_embedding(model):
 
 
 @torch.no_grad()
-def test_new_tokens_have_the_given_rows_or_the_mean(model):
+def test_new_tokens_get_the_given_embeddings_or_the_mean_embedding(model):
     rows = torch.randn(3, TINY.text.width, dtype=model.logit_scale.dtype)
     larger = add_tokens(model, rows)
     _, ids = random_inputs(TINY)
@@ -661,7 +661,7 @@ def test_transformers_cannot_load_a_model_that_it_would_compute_wrongly(name, tm
 
 
 @pytest.mark.slow
-def test_without_a_list_of_head_counts_transformers_would_run_another_model(tmp_path):
+def test_with_a_single_head_count_transformers_silently_ignores_registers(tmp_path):
     """transformers would ignore registers. A list of head counts makes it raise an error."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
@@ -676,7 +676,7 @@ def test_without_a_list_of_head_counts_transformers_would_run_another_model(tmp_
     assert CLIP.from_pretrained(tmp_path).config == model.config  # 4 means 4 heads in each layer
 
 
-def test_ordinary_config_files_have_no_new_entries():
+def test_a_default_config_has_only_entries_that_transformers_knows():
     written = CLIPConfig().to_dict()
     assert [*written["vision_config"]] == [
         "model_type", "projection_dim", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -687,7 +687,7 @@ def test_ordinary_config_files_have_no_new_entries():
 
 
 @pytest.mark.slow
-def test_operations_on_different_parts_commute():
+def test_surgery_operations_on_different_parts_commute():
     model = tiny_clip(torch.float64)
     changes = [
         lambda m: resize_image(m, (56, 40)),
@@ -730,7 +730,7 @@ def test_the_table_of_parts_counts_every_parameter(name):
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
 
 
-def test_the_parity_command_says_what_it_cannot_compare(tmp_path, capsys):
+def test_the_parity_command_names_the_feature_that_transformers_cannot_express(tmp_path, capsys):
     add_registers(tiny_clip(), 4).save_pretrained(tmp_path)
     assert main(["parity", str(tmp_path)]) == 2
     assert "transformers' CLIP cannot express registers 4" in capsys.readouterr().err
@@ -751,7 +751,7 @@ def test_surgery_copies_no_hooks():
     assert len(seen) == 3 and not any(module._forward_hooks for module in model.modules())
 
 
-def test_surgery_keeps_frozen_parts_and_settings():
+def test_surgery_keeps_requires_grad_and_the_attention_setting():
     model = tiny_clip()
     model.set_attention("eager")
     model.vision.requires_grad_(False)
@@ -865,7 +865,7 @@ def test_equivalent_configs_are_equal():
     assert VisionConfig(image_size=(224, 320)).grid == (7, 10)
 
 
-def test_randomize_draws_registers_too():
+def test_randomize_also_fills_registers_with_random_numbers():
     model = CLIP(add_registers(tiny_clip(), 2).config)
     randomize(model)
     assert model.vision.register_embed.std() > 0.1

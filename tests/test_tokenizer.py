@@ -227,7 +227,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
     assert all(ours.encode(word) == theirs.encode(word) for word in short)
 
 
-def test_golden_ids_of_other_projects_are_reproduced(data):
+def test_the_tokenizer_reproduces_the_recorded_ids_of_other_projects(data):
     """transformers gives the recorded ids for all 80 records, and OpenAI's code for 78."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
@@ -263,7 +263,7 @@ def test_every_code_point_is_cleaned_as_transformers_cleans_it(context, trained)
 @pytest.mark.parametrize(
     ("theirs", "ours"), [(r"\p{L}", "LETTER"), (r"\p{N}", "NUMBER"), (r"\s", r"\s")]
 )
-def test_every_code_point_has_the_class_that_transformers_gives_it(theirs, ours):
+def test_every_code_point_has_the_same_character_class_as_in_transformers(theirs, ours):
     """The word pattern uses only three classes: letters, numbers and whitespace."""
     ours = unicode.word_pattern(ours, "transformers")
     theirs = normalizers.Replace(Regex(theirs), "")
@@ -325,7 +325,9 @@ def unicode_of_regex(monkeypatch):
         (unicode_of_regex, [PROBES[4]]),
     ],
 )
-def test_a_planted_mistake_is_noticed(mutate, caught_by, trained, monkeypatch):
+def test_the_comparison_with_transformers_notices_a_planted_mistake(
+    mutate, caught_by, trained, monkeypatch
+):
     assert different(Tokenizer.from_directory(trained), trained, PROBES) == []
     mutate(monkeypatch)
     assert different(Tokenizer.from_directory(trained), trained, PROBES) == caught_by
@@ -334,7 +336,7 @@ def test_a_planted_mistake_is_noticed(mutate, caught_by, trained, monkeypatch):
 # ---- fast code gives the same result as plain code ---------------------------------------------
 
 
-def test_merging_with_a_heap_equals_its_definition(trained):
+def test_merging_with_a_heap_gives_the_same_ids_as_the_bpe_definition(trained):
     tokenizer = Tokenizer.from_directory(trained)
     merge, vocab = tokenizer._merge, tokenizer.vocab
     ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
@@ -347,7 +349,7 @@ def test_merging_with_a_heap_equals_its_definition(trained):
     assert merge([]) == merge.merge_long([]) == []
 
 
-def test_printable_ascii_without_ampersand_needs_no_repair():
+def test_ftfy_and_unescape_do_not_change_printable_ascii_without_ampersands():
     rng = random.Random(5)
     letters = [chr(c) for c in range(0x20, 0x7F) if chr(c) != "&"]
     samples = ["".join(rng.choices(letters, k=rng.randint(0, 40))) for _ in range(3000)]
@@ -387,7 +389,9 @@ class CountingMarks:
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("run", ["\u0301\u0316", "\u0344\u0316", "&#769;&#790;"])
-def test_a_long_run_of_marks_takes_no_quadratic_time(trained, monkeypatch, reference, run):
+def test_cleaning_many_combining_marks_does_not_take_quadratic_time(
+    trained, monkeypatch, reference, run
+):
     counting = CountingMarks()
     monkeypatch.setattr(unicode, "unicodedata", counting)
     monkeypatch.setattr(ftfy, "unicodedata", counting)
@@ -402,7 +406,7 @@ def test_a_long_run_of_marks_takes_no_quadratic_time(trained, monkeypatch, refer
         assert ids == CLIPTokenizer.from_pretrained(trained)(text).input_ids[1:-1]
 
 
-def test_marks_in_any_order_are_composed_as_in_python():
+def test_nfc_composes_combining_marks_in_any_order_as_in_python():
     dice = random.Random(0)
     kinds = [[], []]
     for c in map(chr, range(0x30000)):
@@ -422,7 +426,7 @@ class CountingSet(set):
         return super().__contains__(token)
 
 
-def test_each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token(trained):
+def test_splitting_at_added_tokens_does_one_lookup_per_position_and_token_length(trained):
     vocabulary = Tokenizer.from_directory(trained)
     added = [f"{'a' * (i % 50)}_{i}" for i in range(9000)] + ["b" * 60]
     vocab = vocabulary.vocab | {t: vocabulary.vocab_size + i for i, t in enumerate(added)}
@@ -452,7 +456,7 @@ def test_the_cache_of_chunks_is_bounded(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_cache_of_chunks_takes_about_30_megabytes(trained):
+def test_the_cache_holds_at_most_100000_chunks_of_up_to_64_characters(trained):
     """A cache of 100,000 chunks of 64 characters, with one id for each character, takes about
     30 MB. The test checks the number of chunks and their length, but not the memory."""
     tokenizer = Tokenizer.from_directory(trained)
@@ -484,7 +488,7 @@ def test_rows_are_padded_to_the_longest_row_or_to_a_given_length(trained):
     assert tokenizer([]).shape == (0, 2) and tokenizer([], pad_to=7).shape == (0, 7)
 
 
-def test_texts_may_come_in_any_iterable(trained):
+def test_the_tokenizer_accepts_texts_in_any_iterable(trained):
     tokenizer, some = Tokenizer.from_directory(trained), ["a cat", "two cats"]
     expected = tokenizer(some)
     for texts in (tuple(some), iter(some), np.array(some), dict.fromkeys(some)):
@@ -492,12 +496,12 @@ def test_texts_may_come_in_any_iterable(trained):
     assert Tokenizer.train("a cat", 600).vocab == Tokenizer.train(["a cat"], 600).vocab
 
 
-def test_openai_pads_with_zero(trained):
+def test_the_openai_reference_pads_with_zeros(trained):
     ids = Tokenizer.from_directory(trained, reference="openai")(["a cat", ""])
     assert ids[1, 2:].tolist() == [0] * (ids.shape[1] - 2)
 
 
-def test_a_text_of_77_tokens_fits_and_one_of_78_does_not(trained):
+def test_a_text_of_77_tokens_fits_and_one_token_more_raises_an_error(trained):
     tokenizer = Tokenizer.from_directory(trained)
     assert tokenizer("! " * 75).shape == (1, 77)
     with pytest.raises(ContextLengthError, match=r"text 1 has 78 tokens.*77.*truncate=True"):
@@ -533,11 +537,11 @@ def test_an_error_says_which_text_or_argument_is_wrong(trained):
         with pytest.raises(ValueError, match=f"context_length is {length}; expected 2 or more"):
             Tokenizer.train(["a"], 514, context_length=length)
     with pytest.raises(ValueError, match="context_length is 100001; expected at most 100000"):
-        Tokenizer.train(["a"], 514, context_length=100_001)  # files with this number give 77
+        Tokenizer.train(["a"], 514, context_length=100_001)  # a load reads it as 77
     assert tokenizer("", pad_to=2).shape == Tokenizer.train([], 514, context_length=2)("").shape
 
 
-def test_openai_repairs_a_lone_surrogate(trained):
+def test_the_openai_reference_replaces_a_lone_surrogate(trained):
     tokenizer = Tokenizer.from_directory(trained, reference="openai")
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
 
@@ -545,7 +549,7 @@ def test_openai_repairs_a_lone_surrogate(trained):
 # ---- ids to text, and the steps of encoding ----------------------------------------------------
 
 
-def test_decode_equals_transformers(trained):
+def test_decode_gives_the_same_text_as_transformers(trained):
     ours, theirs = Tokenizer.from_directory(trained), transformers_tokenizer(trained)
     rng = random.Random(2)
     for text in texts(500, seed=4):
@@ -561,7 +565,7 @@ def test_decode_equals_transformers(trained):
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_explain_ends_with_the_ids_of_encode(trained, reference):
+def test_explain_gives_the_same_ids_as_encode(trained, reference):
     tokenizer = Tokenizer.from_directory(trained, reference=reference)
     for text in texts(500, seed=6):
         stages = tokenizer.explain(text)
@@ -594,7 +598,7 @@ def test_training_finds_the_most_frequent_pair_each_time():
     assert learn_merges({tuple(to_symbols(word)): n for word, n in counts.items()}, 25) == expected
 
 
-def test_training_gives_a_deterministic_vocabulary_laid_out_like_openais():
+def test_training_is_deterministic_and_orders_the_vocabulary_like_openai():
     some = texts(300, seed=11)
     first, second = Tokenizer.train(some, 900), Tokenizer.train(some[::-1], 900)
     assert first.vocab == second.vocab and first.merges == second.merges
@@ -611,7 +615,7 @@ def test_training_gives_a_deterministic_vocabulary_laid_out_like_openais():
         Tokenizer.train(some, 513)
 
 
-def test_training_cleans_and_splits_as_its_reference_does():
+def test_training_cleans_and_splits_texts_like_the_chosen_reference():
     """OpenAI's reference decodes HTML entities, and learns no merge from a special token's text."""
     some = ["&amp;amp; " * 9, f"{EOS} " * 9]
     openai = Tokenizer.train(some, 600, reference="openai")
@@ -632,7 +636,7 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def test_saving_and_loading_changes_nothing(trained, tmp_path):
+def test_saving_and_loading_does_not_change_a_tokenizer(trained, tmp_path):
     first = Tokenizer.from_directory(trained)
     # an earlier save by transformers may have left these two files
     for name in ("tokenizer.json", "added_tokens.json"):
@@ -655,7 +659,7 @@ def test_an_interrupted_save_leaves_the_old_file(copy, monkeypatch):
     assert (copy / "merges.txt").read_bytes() == before and len(list(copy.iterdir())) == 4
 
 
-def test_tokenizer_json_of_transformers_is_read(trained, tmp_path):
+def test_from_directory_reads_a_tokenizer_json_that_transformers_saved(trained, tmp_path):
     transformers_tokenizer(trained).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     tokenizer = Tokenizer.from_directory(tmp_path)
@@ -663,7 +667,7 @@ def test_tokenizer_json_of_transformers_is_read(trained, tmp_path):
     assert different(tokenizer, tmp_path, texts(1000)) == []
 
 
-def test_tokenizer_json_comes_before_the_files_of_another_tokenizer(trained, tmp_path):
+def test_tokenizer_json_takes_precedence_over_vocab_json_and_merges_txt(trained, tmp_path):
     transformers_tokenizer(trained).save_pretrained(tmp_path)
     Tokenizer.train(["two birds"], 516).save_pretrained(tmp_path / "other")
     for name in ("vocab.json", "merges.txt"):
@@ -671,7 +675,7 @@ def test_tokenizer_json_comes_before_the_files_of_another_tokenizer(trained, tmp
     assert different(Tokenizer.from_directory(tmp_path), tmp_path, texts(100)) == []
 
 
-def test_a_tokenizer_json_that_splits_texts_in_another_way_is_an_error(trained, tmp_path):
+def test_a_tokenizer_json_that_splits_texts_differently_from_clip_is_an_error(trained, tmp_path):
     transformers_tokenizer(trained).save_pretrained(tmp_path)
     write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"})
     assert Tokenizer.from_directory(tmp_path).vocab_size == 1500  # its steps are CLIP's steps
@@ -687,14 +691,14 @@ def packed(folder: Path, lines: list[str]) -> Path:
     return folder
 
 
-def test_the_file_that_openai_packs_is_read(trained, tmp_path):
+def test_from_directory_reads_the_gzipped_vocabulary_of_openai(trained, tmp_path):
     lines = (trained / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     unpacked = Tokenizer.from_directory(packed(tmp_path, lines), reference="openai")
     assert unpacked.vocab == Tokenizer.from_directory(trained).vocab
 
 
 @pytest.mark.slow
-def test_openais_file_goes_on_after_the_last_merge_that_clip_uses(tmp_path):
+def test_from_directory_ignores_the_last_merges_of_the_gzipped_vocabulary_of_openai(tmp_path):
     symbols = byte_symbols().values()
     pairs = [f"{left} {right}" for left in symbols for right in symbols]  # 65,536
     tokenizer = Tokenizer.from_directory(packed(tmp_path, ["#version: 0.2", *pairs]))
@@ -764,7 +768,7 @@ LAYOUTS = {
 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_special_tokens_equal_transformers(layout, copy):
+def test_special_tokens_have_the_same_ids_as_in_transformers(layout, copy):
     (copy / "tokenizer_config.json").unlink()
     (copy / "special_tokens_map.json").unlink()
     for name, value in LAYOUTS[layout].items():
@@ -801,18 +805,18 @@ def test_special_tokens_equal_transformers(layout, copy):
         *((1, 77), (100_001, 77), (int(1e30), 77), (None, 77), (0, 77), ("77", 77), (True, 77)),
     ],
 )
-def test_a_context_length_outside_2_to_100000_is_read_as_77(copy, length, read):
+def test_a_model_max_length_outside_2_to_100000_gives_the_context_length_77(copy, length, read):
     write(copy / "tokenizer_config.json", {"model_max_length": length})
     assert Tokenizer.from_directory(copy).context_length == read
 
 
-def test_the_context_length_in_open_clips_config_takes_precedence(copy):
+def test_the_context_length_in_an_open_clip_config_overrides_model_max_length(copy):
     text = {"context_length": 64, "vocab_size": 1500}
     write(copy / "open_clip_config.json", {"model_cfg": {"text_cfg": text}})
     assert Tokenizer.from_directory(copy).context_length == 64
 
 
-def test_a_symbol_outside_the_vocabulary_is_unknown(copy):
+def test_a_symbol_outside_the_vocabulary_gets_the_id_of_the_unknown_token(copy):
     vocab = json.loads((copy / "vocab.json").read_text(encoding="utf-8"))
     used = {
         token
@@ -972,7 +976,7 @@ def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
     "path, commit",
     [("models--a--b/snapshots/c0ffee/model.bin", "c0ffee"), ("snapshots/mine/model.bin", None)],
 )
-def test_only_a_path_in_the_hubs_cache_contains_a_commit(path, commit):
+def test_only_a_path_in_the_hub_cache_contains_a_commit(path, commit):
     """A user's own folder may be called snapshots."""
     assert commit_of(Path(path)) == commit
     assert commit_of(Path("/data/snapshots") / path / "snapshots" / "1") == commit

@@ -607,25 +607,25 @@ SLIPS = [
         "Every file of a repository is downloaded.",
         "cache_dir=cache, allow_patterns=paths, ",
         "cache_dir=cache, ",
-        "tests/test_hub.py -k only_one_form",
+        "tests/test_hub.py -k only_safetensors",
     ),
     Slip(
         "The shards of a repository are not downloaded.",
         '        + ["model-*.safetensors", ADAPTER],',
         "        + [],",
-        "tests/test_hub.py -k every_form",
+        "tests/test_hub.py -k every_layout",
     ),
     Slip(
         "The index of pickled shards is not downloaded.",
         '"pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]',
         '"pytorch_model.bin", "pytorch_model-*.bin"]',
-        "tests/test_hub.py -k every_form",
+        "tests/test_hub.py -k every_layout",
     ),
     Slip(
         "open_clip's pickled weights are not downloaded.",
         '        ["open_clip_config.json", "open_clip_pytorch_model.bin"],\n',
         "",
-        "tests/test_hub.py -k every_form",
+        "tests/test_hub.py -k every_layout",
     ),
     Slip(
         "A tokenizer's special tokens are not downloaded.",
@@ -1015,7 +1015,7 @@ SLIPS = [
         "Pickled weights are not looked for on the hub.",
         'if kind != "model" or weights_in(directory):',
         "if True:",
-        "tests/test_hub.py -k every_form",
+        "tests/test_hub.py -k every_layout",
     ),
     Slip(
         "timm's config is read as a CLIP's.",
@@ -1027,7 +1027,7 @@ SLIPS = [
         "A read-only cache folder raises an error.",
         "with suppress(OSError), open(checked",
         "with open(checked",
-        "tests/test_hub.py -k cannot_store_notes",
+        "tests/test_hub.py -k cannot_store_the_list",
     ),
     Slip(
         "Saving a model alone removes open_clip's transform.",
