@@ -83,7 +83,7 @@ def test_classify_sorts_the_labels_of_every_image(run, picture):
     assert sum(probabilities) == pytest.approx(1)
 
 
-def test_classify_gives_the_numbers_of_the_model(run, picture):
+def test_classify_gives_the_logits_of_the_model(run, picture):
     model, tokenizer, transform = load("everyday")
     template = "a blurry photo of the {}."
     ids = tokenizer([template.replace("{}", label) for label in LABELS])
@@ -110,7 +110,7 @@ def test_labels_with_commas_between_them_are_an_error(run, picture, labels, says
     assert run(*command, "Paris, France", "Rome, Italy")[0] == 0
 
 
-def test_the_first_figure_of_readme_is_right(run, monkeypatch):
+def test_demo_gives_the_true_labels_in_the_first_figure_of_readme(run, monkeypatch):
     """In README's first figure, each image except UNKNOWN gets its true label."""
     monkeypatch.setattr("miniclip.figures.demo.draw_demo", lambda *_: None)
     found = json.loads(run("demo", "--json")[1])
@@ -152,7 +152,7 @@ def forget_matplotlib(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_demo_only_describes_the_scene_if_its_extra_is_not_installed(run, tmp_path, monkeypatch):
+def test_without_matplotlib_demo_describes_the_scene_and_draws_nothing(run, tmp_path, monkeypatch):
     forget_matplotlib(monkeypatch)
     status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
     assert status == 0 and "a drawn scene" in out and "chelsea" not in out
@@ -160,7 +160,7 @@ def test_demo_only_describes_the_scene_if_its_extra_is_not_installed(run, tmp_pa
 
 
 @pytest.mark.slow
-def test_explain_draws_a_heat_map_of_a_text(run, picture, tmp_path):
+def test_explain_draws_a_heat_map_for_a_text(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
     status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
     assert (status, err) == (0, f"picture: {tmp_path / 'where.png'}\n")
@@ -182,9 +182,7 @@ def test_explain_draws_a_heat_map_of_a_text(run, picture, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["кот и пёс", "the \U0001d49c", "日本語の猫", "🐈 \U000f0000"])
-def test_explain_writes_every_character_that_a_font_has_and_never_warns(
-    run, picture, tmp_path, text
-):
+def test_explain_draws_texts_in_any_writing_system_without_a_warning(run, picture, tmp_path, text):
     from matplotlib import font_manager
 
     from miniclip.figures.style import fonts_beside
@@ -200,7 +198,7 @@ def test_explain_writes_every_character_that_a_font_has_and_never_warns(
 
 
 @pytest.mark.slow
-def test_explain_all_runs_every_method_for_every_text(run, tmp_path):
+def test_explain_with_all_runs_every_method_for_every_text(run, tmp_path):
     picture, out_path = str(tmp_path / "scene.png"), str(tmp_path / "where.png")
     questions(1)[0].picture.save(picture)
     texts = [question.phrase for question in questions(1)]
@@ -261,11 +259,11 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )
-def test_options_of_explain_that_make_no_sense_are_an_error(run, options, words):
+def test_wrong_options_of_explain_are_an_error(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
-def test_explain_names_the_argument_that_it_cannot_use(run, picture, tmp_path):
+def test_the_error_of_explain_names_the_invalid_argument(run, picture, tmp_path):
     command = ["explain", picture, "a cat", "--model", "shapes", "-o", str(tmp_path / "a.png")]
     assert_one_line_error(run(*command, "--method", "smoothgrad"), "smoothgrad", "rollout")
     assert_one_line_error(run(*command[:3], "word " * 500, *command[3:]), "tokens")
@@ -276,7 +274,7 @@ def test_explain_names_the_argument_that_it_cannot_use(run, picture, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file/where.png", "where", "where.txt", "folder.png"])
-def test_explain_reports_at_once_that_it_cannot_write(run, tmp_path, name):
+def test_explain_reports_first_that_its_picture_cannot_be_written(run, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     lost = str(tmp_path / name)
@@ -284,7 +282,7 @@ def test_explain_reports_at_once_that_it_cannot_write(run, tmp_path, name):
     assert_one_line_error(result, lost, "cannot be written")
 
 
-def test_explain_can_only_write_json_if_its_extra_is_not_installed(run, picture, monkeypatch):
+def test_without_matplotlib_explain_can_write_json_but_not_a_picture(run, picture, monkeypatch):
     forget_matplotlib(monkeypatch)
     command = ["explain", picture, "a cat", "--model", "shapes"]
     assert_one_line_error(run(*command), "miniclip[demo]")
@@ -292,7 +290,7 @@ def test_explain_can_only_write_json_if_its_extra_is_not_installed(run, picture,
 
 
 @pytest.mark.slow
-def test_eval_shows_the_scores_of_the_drawn_world(run, monkeypatch):
+def test_eval_shows_the_scores_of_a_model_on_the_drawn_world(run, monkeypatch):
     few = partial(scoring.score, scenes=60)  # instead of 1000
     monkeypatch.setattr(scoring, "score", few)
     command = ["eval", "shapes", "--model", "shapes"]
@@ -334,7 +332,7 @@ def damaged(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["absent", "text", "folder", "truncated", "bomb"])
-def test_images_that_cannot_be_read_are_named(run, tmp_path, kind):
+def test_the_error_of_classify_names_an_image_that_cannot_be_read(run, tmp_path, kind):
     path = damaged(tmp_path, kind)
     result = run("classify", path, "--model", "everyday", "--labels", "cat", "dog")
     assert_one_line_error(result, path)
@@ -353,7 +351,7 @@ def test_images_that_cannot_be_read_are_named(run, tmp_path, kind):
         ([], ["--labels"]),
     ],
 )
-def test_classify_options_that_make_no_sense_are_an_error(run, picture, options, words):
+def test_wrong_options_of_classify_are_an_error(run, picture, options, words):
     model = [] if "--model" in options else ["--model", "everyday"]
     assert_one_line_error(run("classify", picture, *model, *options), *words)
 
@@ -377,7 +375,9 @@ def test_the_error_for_too_little_memory_is_one_short_sentence(run, monkeypatch)
 
 
 @pytest.mark.parametrize("command", [["classify", "x.png", "--labels", "cat"], ["info"]])
-def test_without_a_network_the_embedded_checkpoints_are_named(run, command, monkeypatch, tmp_path):
+def test_without_a_network_the_error_names_the_embedded_checkpoints(
+    run, command, monkeypatch, tmp_path
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert_one_line_error(run(*command), "openai/clip-vit-base-patch32", "everyday")
@@ -398,7 +398,7 @@ def photographs(tmp_path):
     return root
 
 
-def test_eval_counts_the_answers_of_the_classifier(run, photographs):
+def test_eval_counts_the_right_answers_of_the_classifier(run, photographs):
     command = [
         "eval",
         str(photographs),
@@ -459,7 +459,7 @@ ship → frog                                                  1    100.0%
 """
 
 
-def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
+def test_eval_prints_a_table_of_its_accuracies_and_confusions(run, tmp_path, monkeypatch):
     """There are seven classes. An image's brightness tells the classifier which label to give."""
     answers = {  # class -> the best label of each of its images
         "cat": ["cat", "cat", "cat", "dog"],
@@ -542,7 +542,7 @@ def test_classify_prints_a_bar_for_each_label(run, picture, monkeypatch):
     assert run(*command) == (0, RANKING.replace("PICTURE", picture), "")
 
 
-def test_a_table_keeps_its_columns_in_every_writing_system(run, picture):
+def test_the_columns_of_a_table_are_aligned_in_every_writing_system(run, picture):
     labels = ["cat", "猫", "고양이", "word " * 12 + "猫"]
     command = ["classify", picture, "--model", "everyday", "--labels", *labels]
     lines = run(*command)[1].splitlines()[1:]
@@ -607,7 +607,7 @@ def test_texts_without_a_tokenizer_are_an_error():
 
 
 @pytest.mark.slow
-def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
+def test_eval_with_missing_or_wrong_class_folders_is_an_error(run, picture, tmp_path):
     """For example, a folder one level too high, a single class, or a class without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
@@ -624,7 +624,9 @@ def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
     assert_one_line_error(run(*command, str(data)), "only the folder 'test'", str(data / "test"))
 
 
-def test_classify_reads_folders_patterns_and_standard_input(run, picture, tmp_path, monkeypatch):
+def test_classify_reads_images_from_folders_and_patterns_and_standard_input(
+    run, picture, tmp_path, monkeypatch
+):
     for name in ("a/1.png", "a/b/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (9, 9), "red").save(tmp_path / name)
@@ -742,7 +744,7 @@ def test_the_command_without_arguments_shows_its_help(run):
 
 
 @pytest.mark.parametrize("name", COMMANDS.split())
-def test_help_says_what_each_argument_is_and_its_default(name):
+def test_help_describes_each_argument_and_names_its_default(name):
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     for action in commands.choices[name]._actions:
         assert action.help, action
@@ -770,7 +772,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-def test_the_examples_run_offline_and_unchanged_and_no_command_warns(tmp_path):
+def test_the_examples_of_the_help_run_offline_and_without_a_warning(tmp_path):
     """The examples run in an empty folder, with `-W error`. Other tests run bench and serve."""
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     lines = [
@@ -797,7 +799,7 @@ def test_the_examples_run_offline_and_unchanged_and_no_command_warns(tmp_path):
         assert (tmp_path / name).is_file(), name
 
 
-def test_the_version_is_the_package_version(run):
+def test_the_version_option_shows_the_version_of_the_package(run):
     assert run("--version") == (0, f"miniclip {version('miniclip')}\n", "")
 
 
@@ -818,7 +820,9 @@ def test_the_version_is_the_package_version(run):
         ["train", "nonsense", "--out", "run", "--plot"],
     ],
 )
-def test_a_picture_that_cannot_be_written_is_reported_before_the_work(run, tmp_path, command, name):
+def test_a_command_reports_before_the_work_that_its_picture_cannot_be_written(
+    run, tmp_path, command, name
+):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     result = run(*command, str(tmp_path / name))
@@ -827,7 +831,7 @@ def test_a_picture_that_cannot_be_written_is_reported_before_the_work(run, tmp_p
 
 
 @pytest.mark.slow
-def test_the_folder_of_an_output_is_created(run, picture, tmp_path):
+def test_commands_create_the_folder_of_their_output_file(run, picture, tmp_path):
     for command in (
         ["search", str(tmp_path / "a" / "i.idx"), "a cat"],
         ["explain", picture, "a cat", "--model", "shapes", "--method", "rollout"],
@@ -843,7 +847,7 @@ STRANGE = "a\nb\x1b[31m\udcff.png"
 
 
 @pytest.mark.parametrize(("is_terminal", "seconds"), [(True, 2), (False, 30)])
-def test_a_terminal_gets_a_bar_after_two_seconds_and_a_log_gets_a_line_every_thirty(
+def test_for_progress_a_terminal_gets_a_bar_and_a_log_file_gets_lines(
     is_terminal, seconds, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
@@ -856,7 +860,9 @@ def test_a_terminal_gets_a_bar_after_two_seconds_and_a_log_gets_a_line_every_thi
 
 
 @pytest.mark.slow
-def test_control_characters_in_names_are_escaped(run, picture, tmp_path, monkeypatch):
+def test_control_characters_in_file_names_and_labels_are_escaped(
+    run, picture, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with open(picture, "rb") as file:
         data = file.read()
@@ -876,7 +882,7 @@ def test_control_characters_in_names_are_escaped(run, picture, tmp_path, monkeyp
     assert status == 0 and f"  {escaped}\n" in out and out.count("\n") == 2
 
 
-def test_a_text_without_words_is_not_explained(run, picture):
+def test_explaining_an_empty_text_is_an_error(run, picture):
     for text in ("", " \t"):
         result = run("explain", picture, text, "--model", "shapes", "--json")
         assert_one_line_error(result, "a text is empty")
@@ -914,7 +920,7 @@ def test_control_c_while_torch_is_imported_ends_without_an_error(start):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_reused_without_new_page_faults():
     script = """
 import resource, torch
 from miniclip.commands.shared import keep_freed_memory
@@ -963,7 +969,7 @@ def test_a_warning_is_one_line(run, monkeypatch):
     assert line == "miniclip: warning: odd weights\n"
 
 
-def test_a_named_pipe_of_labels_is_an_error(tmp_path, capsys):
+def test_a_label_file_that_is_a_named_pipe_is_an_error(tmp_path, capsys):
     os.mkfifo(tmp_path / "labels.txt")
     assert main(["eval", str(tmp_path), "--labels", str(tmp_path / "labels.txt")]) == 2
     assert "not a regular file" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def crash_in(step, monkeypatch):
     return lambda: monkeypatch.setattr(run_module.Run, "log_step", note)
 
 
-def test_lora_trains_a_low_rank_change_and_writes_a_plain_model(tmp_path):
+def test_lora_trains_a_low_rank_change_and_saves_merged_weights(tmp_path):
     before, _ = new_model()
     after = run(tmp_path, replace(QUICK, lora=2, lr=0.05))
     names = dict(before.named_parameters())
@@ -76,14 +76,14 @@ def test_lora_trains_a_low_rank_change_and_writes_a_plain_model(tmp_path):
         ("text.*, vision.blocks.*", {"logit_scale", "vision"}),
     ],
 )
-def test_parts_are_frozen_by_their_names(freeze, trained):
+def test_the_freeze_option_freezes_parameters_by_name_or_pattern(freeze, trained):
     model = trainable(new_model()[0], freeze)
     left = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {name.partition(".")[0] for name in left} == trained
     assert not any(".blocks." in name for name in left if name.startswith("vision"))
 
 
-def test_a_part_is_frozen_only_during_its_run(tmp_path):
+def test_the_freeze_option_freezes_a_part_only_during_the_run(tmp_path):
     model, tokenizer = new_model()
     model.text.pos_embed.requires_grad_(False)  # the user's choice stays
     for i, freeze in enumerate(("vision", "")):
@@ -117,7 +117,7 @@ def test_freezing_an_absent_part_or_everything_is_an_error():
         trainable(new_model()[0], "*")
 
 
-def test_a_vision_tower_on_an_engine_is_not_trained(tmp_path):
+def test_training_a_vision_tower_on_an_inference_engine_is_an_error(tmp_path):
     model, tokenizer = new_model()
     encode_with(model, "onnxruntime", model.vision)
     with pytest.raises(ValueError, match="engine onnxruntime, .* `del model.encode_image`"):
@@ -131,7 +131,7 @@ def test_weights_cannot_be_sharded_in_a_single_process(tmp_path):
         run(tmp_path, replace(QUICK, fsdp=True))
 
 
-def test_siglips_loss_equals_transformers():
+def test_the_siglip_loss_equals_the_loss_of_transformers():
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
@@ -208,7 +208,9 @@ def test_a_continued_run_ends_with_the_same_bits_for_each_option(name, tmp_path,
 
 
 @pytest.mark.parametrize("changed", ["tokenizer", "transform"])
-def test_a_run_is_not_continued_with_another_tokenizer_or_transform(changed, tmp_path, monkeypatch):
+def test_continuing_a_run_with_another_tokenizer_or_transform_is_an_error(
+    changed, tmp_path, monkeypatch
+):
     """A tokenizer that is learnt again from changed captions gives tokens other ids."""
     model, tokenizer = new_model()
     transform = TRANSFORM
@@ -226,7 +228,7 @@ def test_a_run_is_not_continued_with_another_tokenizer_or_transform(changed, tmp
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+def test_a_run_saves_its_best_checkpoint_in_a_separate_folder(tmp_path):
     scores, seen = iter([0.2, 0.5, 0.5, 0.3]), []
 
     def validate(loaded):
@@ -245,7 +247,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     assert transform == TRANSFORM and tokenizer(["a red spot"]).shape[0] == 1
 
 
-def test_held_out_data_is_measured_at_the_end_of_each_epoch_and_changes_nothing(tmp_path):
+def test_scoring_held_out_data_after_each_epoch_does_not_change_training(tmp_path):
     recipe = replace(QUICK, patch_dropout=0.5, full_epochs=0)  # dropout continues after validation
     expected = run(tmp_path / "without", recipe)
     found = run(tmp_path / "with", recipe, validate=by_weight)
@@ -292,7 +294,7 @@ def test_held_out_data_is_scored_by_classification_or_by_retrieval(kind, tmp_pat
         }
 
 
-def test_a_folder_called_shapes_is_not_the_drawn_world(tmp_path, monkeypatch):
+def test_the_data_name_shapes_is_an_error_if_a_folder_has_this_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     open_data("shapes", TRANSFORM)
     for name in ("circle", "square"):
@@ -303,7 +305,7 @@ def test_a_folder_called_shapes_is_not_the_drawn_world(tmp_path, monkeypatch):
     assert len(open_data("./shapes", TRANSFORM)) == 2
 
 
-def test_folders_of_splits_are_not_classes(tmp_path):
+def test_data_one_level_above_the_class_folders_is_an_error(tmp_path):
     """With a folder one level too high, "train" would be a class, in training and in scoring."""
     for name in ("all/train/cat", "all/train/dog", "all/test/cat", "all/test/dog", "one/cat"):
         (tmp_path / name).mkdir(parents=True)
@@ -316,7 +318,7 @@ def test_folders_of_splits_are_not_classes(tmp_path):
 
 
 @pytest.mark.slow
-def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path, capsys):
+def test_fine_tuning_on_16_images_per_class_beats_zero_shot_on_held_out_images(tmp_path, capsys):
     """A user's commands train the model `shapes` on handwritten digits, which are new to it."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     names = "zero one two three four five six seven eight nine".split()
@@ -358,14 +360,14 @@ def test_tensorboard_has_each_step_once_even_after_a_crash(tmp_path, monkeypatch
         assert found == [(row["step"], pytest.approx(row[name])) for row in rows]
 
 
-def test_a_log_is_an_error_if_its_library_is_not_installed(tmp_path, monkeypatch):
+def test_the_log_option_is_an_error_if_its_library_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
         run(tmp_path, QUICK, log="tensorboard")
 
 
 @pytest.mark.slow
-def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
+def test_each_row_of_metrics_has_throughput_and_peak_memory(tmp_path, monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr(run_module.time, "monotonic", lambda: next(ticks) / 2)
     monkeypatch.setattr(run_module, "SAVE_EVERY", math.inf)
@@ -377,7 +379,7 @@ def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_row_counts_only_the_seconds_of_training(tmp_path, monkeypatch):
+def test_a_row_of_metrics_counts_the_seconds_of_training_without_validation(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
 
@@ -390,7 +392,7 @@ def test_a_row_counts_only_the_seconds_of_training(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data from other places, and broken data
+# Data from shell commands and URLs, and broken data
 
 
 @pytest.fixture
@@ -405,7 +407,7 @@ def captions_of(name, steps=6, batch=4):
     return data, found
 
 
-def test_shards_are_read_from_commands_and_addresses(shards, monkeypatch):
+def test_shards_may_come_from_shell_commands_and_urls(shards, monkeypatch):
     import fsspec
     from huggingface_hub import HfFileSystem
 
@@ -418,7 +420,7 @@ def test_shards_are_read_from_commands_and_addresses(shards, monkeypatch):
     assert fsspec.get_filesystem_class("hf") is HfFileSystem  # for hf:// addresses
 
 
-def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):
+def test_a_message_names_a_shard_command_that_fails_and_the_run_continues(shards):
     half = f"pipe:head -c 4000 {shards}/0.tar; exit 3"
     name = f"{half}::pipe:cat {shards}/1.tar::pipe:cat {shards}/absent.tar 2> /dev/null"
     data, found = captions_of(f"{name}::{shards}/gone.tar::memory://gone.tar", batch=4)
@@ -432,7 +434,7 @@ def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):
                    for reason in data.skipped), name  # fmt: skip
 
 
-def test_a_command_whose_output_is_no_longer_read_is_killed(shards, monkeypatch):
+def test_a_shard_command_is_killed_when_its_output_is_no_longer_read(shards, monkeypatch):
     started = []
 
     class Noted(shards_module.Popen):
@@ -448,7 +450,7 @@ def test_a_command_whose_output_is_no_longer_read_is_killed(shards, monkeypatch)
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_shard_that_vanishes_does_not_shift_the_next_epoch(shards):
+def test_a_shard_that_vanishes_does_not_change_the_start_of_the_next_epoch(shards):
     data = open_data(shards, ImageTransform(SIZE))
     len(data)
     (shards / "1.tar").write_bytes(b"")
@@ -460,7 +462,7 @@ def test_a_shard_that_vanishes_does_not_shift_the_next_epoch(shards):
     assert torch.equal(late[0].pixels, found[3].pixels)
 
 
-def test_an_item_that_crashes_is_named_and_another_takes_its_place():
+def test_a_data_item_that_crashes_is_replaced_and_a_message_names_it():
     class Crashing(Spots):
         def __init__(self):
             self.skipped = []

@@ -111,18 +111,22 @@ def test_two_processes_give_the_gradients_of_one_big_batch(inputs, found):
             assert_same(theirs["weights"], alone["weights"], tolerance)
 
 
-def test_gather_sums_its_gradient_and_leaves_other_gradients_alone(found):
+def test_gather_sums_its_gradient_over_processes_and_changes_no_other_gradient(found):
     for each, own in zip(found, (3.0, 5.0), strict=True):
         x, y = each["sum"]
         assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
 
 
-def test_the_same_captions_are_true_in_both_processes(folder, inputs, found):
+def test_two_processes_give_the_loss_of_one_process_for_several_true_captions(
+    folder, inputs, found
+):
     alone = loss_of_several_captions(folder / "several", inputs["embeddings"])
     assert [each["several"] for each in found] == pytest.approx([alone] * 2, abs=1e-12)
 
 
-def test_siglips_loss_gives_the_gradients_of_one_big_batch(folder, inputs, found):
+def test_with_the_siglip_loss_two_processes_give_the_gradients_of_one_big_batch(
+    folder, inputs, found
+):
     order = [0, 2, 1, 3]  # the first process gets pairs 0 and 2
     pixels, ids = (x[order] for x in inputs["pairs"])
     model = Siglip.from_pretrained(folder / "siglip", dtype=torch.float64)
@@ -144,7 +148,7 @@ def test_a_run_that_torchrun_restarts_ends_with_the_same_bits(folder):
     assert_equal_models(one, two)
 
 
-def test_torchrun_embeds_as_one_process_does(folder, monkeypatch):
+def test_embed_under_torchrun_writes_the_same_index_as_one_process(folder, monkeypatch):
     monkeypatch.setattr(building, "PART", 8)  # 25 images make four parts, two in each process
     assert main(embed(folder, "index of one")) == 0
     assert (folder / "index").read_bytes() == (folder / "index of one").read_bytes()

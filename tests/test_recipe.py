@@ -267,7 +267,7 @@ def assert_same_weights(ours, peer, prefix=""):
 @pytest.mark.slow
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):
+def test_a_run_gives_the_same_weights_as_a_plain_training_loop(name, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "LOG_EVERY", 2)
     recipe = replace(BASE, **RUNS[name])
     ours, peer, tokenizer = two_models()
@@ -286,7 +286,7 @@ def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):
         assert row["logit_scale"] == pytest.approx(scales[-1], rel=1e-5)
 
 
-def test_the_runs_change_every_field_of_a_recipe():
+def test_the_compared_runs_cover_all_recipe_fields_not_tested_elsewhere():
     switched = set().union(*RUNS.values()) | {"epochs", "batch", "lr"}
     elsewhere = {"precision", "compile", "fsdp", "lora", "val_every"}
     assert {field.name for field in fields(Recipe)} - switched == elsewhere
@@ -309,7 +309,7 @@ def one_of_two(rank):
     )
 
 
-def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
+def test_a_batch_has_at_most_all_pairs_and_at_least_one_pair_per_process(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "dist", one_of_two(0))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     model, _, tokenizer = two_models()
@@ -332,7 +332,9 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
+def test_each_of_two_processes_has_its_share_of_pairs_and_random_numbers(
+    rank, tmp_path, monkeypatch
+):
     """A process has its own share of the pairs and its own random numbers. The other
     process does not exist (see `one_of_two`), so embeddings and gradients are not gathered."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
@@ -345,7 +347,7 @@ def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch
     assert (tmp_path / "model.safetensors").exists() == (rank == 0)
 
 
-def test_numbers_are_drawn_from_the_seed_the_step_and_the_place():
+def test_draw_seed_computes_a_fixed_formula_of_seed_and_step_and_index():
     """This formula must never change, because a resumed run must get the same data."""
     assert draw_seed(2, 3, 4) == 2 * 1_000_003**2 + 3 * 1_000_003 + 4
     assert 0 <= draw_seed(2**62, 2**40, 1) < 2**63
@@ -361,7 +363,7 @@ SAVINGS = {
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
-def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, monkeypatch):
+def test_a_run_saves_memory_or_time_only_if_the_recipe_asks_for_it(name, tmp_path, monkeypatch):
     """The weights hardly show whether an option is used, so the test records the towers' calls."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
@@ -393,7 +395,7 @@ def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, mon
 @pytest.mark.parametrize(
     "field", [{"lr": math.inf}, {"warmup": math.inf}, {"warmup": 1.5}, {"seed": 2**64}]
 )
-def test_numbers_beyond_their_limits_are_an_error(field):
+def test_a_recipe_number_above_its_limit_is_an_error(field):
     (name,) = field
     with pytest.raises(ValueError, match=f"{name} is .*expected at least 0, at most"):
         Recipe(**field)

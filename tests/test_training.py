@@ -83,7 +83,7 @@ def slow_loss(image, text, scale, labels, wrong=()):
 
 @pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1, 0], [3] * 6])
 @pytest.mark.parametrize("hard", [False, True])
-def test_loss_is_the_formula_of_the_paper(embeddings, labels, hard):
+def test_the_loss_equals_its_formula_computed_pair_by_pair(embeddings, labels, hard):
     image, text, scale, wrong = embeddings
     expected = slow_loss(image, text, scale, labels or list(range(6)), wrong if hard else ())
     given = torch.tensor(labels or range(6))
@@ -94,7 +94,7 @@ def test_loss_is_the_formula_of_the_paper(embeddings, labels, hard):
         assert contrastive_loss(image, text, scale) == found
 
 
-def test_loss_without_labels_equals_transformers():
+def test_the_loss_without_labels_equals_the_loss_of_transformers():
     ours, peer = twins(TINY)
     pixels, ids = random_inputs(TINY, images=4, texts=4)
     out = ours(pixels, ids)
@@ -137,7 +137,7 @@ def test_two_passes_in_chunks_give_the_gradients_of_one_pass(dtype, tolerance, c
     assert_same(gradients(again), gradients(model), tolerance)
 
 
-def test_the_two_passes_drop_the_same_patches():
+def test_two_passes_in_chunks_drop_the_same_patches():
     model = twins(TINY, dtype=torch.float64)[0].train()
     PatchDropout(model.vision, 0.5)
     torch.manual_seed(5)
@@ -167,7 +167,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert len(calls) == 3  # without recompute_blocks, a block is computed once
 
 
-def test_recomputing_a_block_keeps_a_forward_that_was_set_on_it():
+def test_recomputing_a_block_restores_a_forward_method_set_by_the_user():
     model = twins(TINY)[0]
     block = model.vision.blocks[0]
     block.forward = own = lambda x: x + 1
@@ -187,7 +187,7 @@ def test_gather_in_a_single_process_is_the_identity():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
-def test_muon_equals_torchs_muon_up_to_bfloat16(shape):
+def test_muon_equals_the_muon_of_torch_up_to_bfloat16_rounding(shape):
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
@@ -320,7 +320,7 @@ def captioned(root, kind, pictures=12, broken=3):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tar"])
-def test_every_source_gives_its_pairs_and_names_what_it_cannot_read(kind, tmp_path):
+def test_every_source_gives_its_pairs_and_skips_a_broken_image_with_a_message(kind, tmp_path):
     captioned(tmp_path, kind)
     data = open_data(tmp_path, ImageTransform(SIZE))
     assert len(data) == 12
@@ -337,7 +337,7 @@ def test_every_source_gives_its_pairs_and_names_what_it_cannot_read(kind, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tar"])
-def test_batches_do_not_depend_on_where_they_start_or_how_they_are_shared(kind, tmp_path):
+def test_batches_do_not_depend_on_the_start_step_or_the_number_of_processes(kind, tmp_path):
     captioned(tmp_path, kind, broken=None)
     data = open_data(tmp_path, ImageTransform(SIZE))
     whole = list(islice(batches(data, 4, seed=3), 8))
@@ -360,7 +360,7 @@ def test_every_epoch_shows_every_image_once(stripes):
     assert epochs[0] != epochs[1]
 
 
-def test_broken_images_are_skipped_and_named(stripes):
+def test_broken_images_are_skipped_with_a_message(stripes):
     data = open_data(stripes, ImageTransform(SIZE))
     for _ in islice(batches(data, 32, seed=0), 12):
         pass
@@ -368,7 +368,7 @@ def test_broken_images_are_skipped_and_named(stripes):
     assert "broken.png" in skipped
 
 
-def test_every_template_names_the_class(tmp_path):
+def test_every_caption_from_a_template_contains_the_class_name(tmp_path):
     plain = class_captions("tea cup")
     assert plain[0] == "tea cup" and plain[3] == "a photo of a tea cup."
     assert len(set(plain)) == 12 and all(text.count("tea cup") == 1 for text in plain)
@@ -406,7 +406,7 @@ def test_captions_with_the_same_tokens_have_one_label(tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # Excel writes a byte order mark first
-def test_metadata_may_name_files_in_folders_and_use_letters_of_any_script(start, tmp_path):
+def test_metadata_may_list_files_in_subfolders_and_captions_in_any_writing_system(start, tmp_path):
     (tmp_path / "deep").mkdir()
     bars("level", np.random.default_rng(0)).save(tmp_path / "deep" / "é.png")
     rows = 'file_name,text\r\ndeep/é.png,"Käse, quergestreift"\r\nabsent.png,猫\r\n'
@@ -434,7 +434,7 @@ def as_bytes(picture, kind="png", **options):
     return data.getvalue()
 
 
-def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
+def test_reading_shards_turns_images_upright_and_reports_each_skipped_item_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
     exif[274] = 6  # the camera was turned, so horizontal bars become vertical
@@ -465,7 +465,7 @@ def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
         assert sum(name in reason for reason in data.skipped) == 1, (name, data.skipped)
 
 
-def test_each_seed_mixes_shards_and_their_samples_in_another_order(tmp_path, monkeypatch):
+def test_each_seed_shuffles_shards_and_their_samples_in_another_order(tmp_path, monkeypatch):
     for shard in "abcd":
         members = {f"{i}.png": b"" for i in range(6)}
         members |= {f"{i}.txt": f"{shard}{i}".encode() for i in range(6)}
@@ -485,7 +485,7 @@ def test_each_seed_mixes_shards_and_their_samples_in_another_order(tmp_path, mon
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_a_caption_that_is_not_utf8_is_left_out_and_reported(kind, tmp_path):
+def test_a_caption_that_is_not_utf8_is_skipped_with_a_message(kind, tmp_path):
     """Decoding it with U+FFFD would give another caption."""
     texts = ["a café table".encode("cp1252"), "a café table".encode()]
     members = {f"{i}.txt": text for i, text in enumerate(texts)}
@@ -503,7 +503,7 @@ def test_a_caption_that_is_not_utf8_is_left_out_and_reported(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_images_with_captions_may_have_any_ending_that_pillow_reads(kind, tmp_path):
+def test_images_with_captions_may_have_any_file_extension_that_pillow_reads(kind, tmp_path):
     members = {}
     for i, ending in enumerate(("bmp", "gif", "jpg", "tif")):
         format = {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending)
@@ -519,14 +519,14 @@ def test_images_with_captions_may_have_any_ending_that_pillow_reads(kind, tmp_pa
     assert all(data[item, 0].pixels[0].min() > 250 for item in data.items(0))
 
 
-def test_shards_without_their_library_are_an_error(tmp_path, monkeypatch):
+def test_opening_shards_is_an_error_if_webdataset_is_not_installed(tmp_path, monkeypatch):
     tar_of(tmp_path / "0.tar", {})
     monkeypatch.setattr(shards_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
         open_data(tmp_path, ImageTransform(SIZE))
 
 
-def test_a_batch_that_cannot_be_read_is_replaced_at_any_step(tmp_path):
+def test_broken_images_are_replaced_by_the_same_images_from_any_start_step(tmp_path):
     captioned(tmp_path, "jsonl", broken=None)
     for i in range(11):
         (tmp_path / f"{i:03}.png").write_bytes(b"")
@@ -596,7 +596,7 @@ def undisturbed(stripes, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_its_checkpoint_loads_in_transformers_too(stripes, tmp_path):
+def test_a_run_learns_and_transformers_gives_the_same_logits_with_its_weights(stripes, tmp_path):
     trained = run(stripes, tmp_path, replace(QUICK, epochs=12))
     model, tokenizer, transform = load(tmp_path)
     assert_equal_models(model, trained)
@@ -635,7 +635,9 @@ def test_the_seed_and_the_data_determine_a_new_model(stripes):
     assert tokenizer.context_length == text.context_length == 24
 
 
-def test_a_new_model_is_like_the_given_checkpoint(stripes, like, tmp_path):
+def test_a_new_model_copies_the_shape_and_recipe_and_transform_of_a_checkpoint(
+    stripes, like, tmp_path
+):
     """A new model has the checkpoint's shape, recipe, mean and std, unless the user sets them."""
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     for name in ("recipe.json", "config.json"):
@@ -670,7 +672,7 @@ def test_the_defaults_of_a_recipe_do_not_change():
     }  # fmt: skip
 
 
-def test_every_source_gives_the_pixels_of_the_transform(tmp_path):
+def test_every_source_gives_the_pixels_that_the_transform_returns(tmp_path):
     """After normalising, training pixels equal the pixels that `transform` returns."""
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
@@ -722,7 +724,7 @@ def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
         assert json.loads(a)["loss"] == json.loads(b)["loss"]
 
 
-def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkeypatch, capfd):
+def test_control_c_saves_the_run_and_says_how_to_continue(stripes, tmp_path, monkeypatch, capfd):
     note = run_module.Run.log_step
 
     def interrupt(self, *args, **kwargs):
@@ -747,7 +749,9 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
     assert f"{tmp_path}: saved at step 2; the same command continues from there" in said
 
 
-def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):
+def test_a_run_prints_a_line_of_progress_after_the_first_step(
+    stripes, tmp_path, monkeypatch, capsys
+):
     """The line in a log file gives the pairs per second, the remaining time and the loss."""
     note = run_module.Run.log_step
 
@@ -764,7 +768,7 @@ def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, mon
     assert len(lines) == 1 and re.fullmatch(form, lines[0]), lines
 
 
-def test_a_new_vocabulary_has_its_own_size_and_token_ids(stripes, tmp_path):
+def test_a_new_config_gets_its_vocabulary_size_and_token_ids_from_the_tokenizer(stripes, tmp_path):
     """A transformers config may have a small vocabulary and no ids of special tokens."""
     config = SHAPE.to_dict()
     config["text_config"] = {
@@ -814,14 +818,14 @@ def test_an_error_in_training_leaves_no_hook_on_the_model(stripes, tmp_path, mon
     assert "forward" not in vars(model.vision.blocks[0])
 
 
-def test_a_nan_loss_ends_the_run_before_it_is_saved(stripes, tmp_path):
+def test_a_nan_loss_ends_the_run_before_nan_weights_are_saved(stripes, tmp_path):
     with pytest.raises(ValueError, match="the loss is nan after [0-9]+ steps"):
         run(stripes, tmp_path, replace(QUICK, lr=1e18, muon_lr=0.0))
     if (tmp_path / "model.safetensors").exists():
         assert all(p.isfinite().all() for p in loaded(tmp_path).parameters())
 
 
-def test_a_loss_on_a_gpu_is_read_only_when_needed(stripes, tmp_path):
+def test_losses_stay_on_the_gpu_until_the_run_saves_or_logs(stripes, tmp_path):
     """To read a loss, the CPU must wait for the GPU. Here, reading a meta tensor is an error."""
     model, _ = from_scratch(SHAPE, open_data(stripes, ImageTransform(SIZE)))
     state = run_module.Run(tmp_path, model, QUICK)
@@ -848,7 +852,7 @@ def test_continuing_a_run_with_another_recipe_is_an_error(stripes, tmp_path):
         run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
 
 
-def test_a_damaged_state_is_an_error(stripes, tmp_path, monkeypatch):
+def test_continuing_from_a_state_with_wrong_values_is_an_error(stripes, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
@@ -866,7 +870,7 @@ def test_a_damaged_state_is_an_error(stripes, tmp_path, monkeypatch):
         run(stripes, tmp_path)
 
 
-def test_an_error_says_that_the_disk_is_full(stripes, tmp_path, monkeypatch):
+def test_if_the_disk_is_full_the_error_says_so_and_no_file_remains(stripes, tmp_path, monkeypatch):
     def full(state, file):
         file.write(b"a" * 100)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -878,7 +882,7 @@ def test_an_error_says_that_the_disk_is_full(stripes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("state", [b"damaged", b"", [], {}, {"settings": {}}, {"settings": 0}])
-def test_a_damaged_state_file_is_an_error(state, stripes, tmp_path):
+def test_continuing_from_a_damaged_state_file_is_an_error(state, stripes, tmp_path):
     if isinstance(state, bytes):
         (tmp_path / "training.pt").write_bytes(state)
     else:
@@ -889,7 +893,7 @@ def test_a_damaged_state_file_is_an_error(state, stripes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch.compile itself
-def test_compiling_changes_the_loss_by_less_than_1e_4(stripes, tmp_path, monkeypatch):
+def test_compiling_changes_the_loss_by_less_than_one_part_in_10000(stripes, tmp_path, monkeypatch):
     """The compiled graphs run without inductor, which would compile C++ for a minute."""
     in_graphs = partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", in_graphs)
@@ -901,7 +905,7 @@ def test_compiling_changes_the_loss_by_less_than_1e_4(stripes, tmp_path, monkeyp
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_batch_larger_than_the_data_becomes_all_of_the_data(stripes, tmp_path):
+def test_a_batch_larger_than_the_data_becomes_as_large_as_the_data(stripes, tmp_path):
     run(stripes, tmp_path, replace(QUICK, epochs=1, batch=10_000))
     assert read_recipe(tmp_path / "recipe.json").batch == 161
 
@@ -947,7 +951,7 @@ def test_a_recipe_value_out_of_range_is_an_error(name, value, expected):
         Recipe(**{name: value})
 
 
-def test_a_recipe_may_have_integers_for_floats(tmp_path):
+def test_a_recipe_may_have_an_integer_in_place_of_a_float(tmp_path):
     (tmp_path / "recipe.json").write_text('{"lr": 1, "augment": true}')
     assert read_recipe(tmp_path / "recipe.json") == Recipe(lr=1, augment=True)
     (tmp_path / "recipe.json").write_text('{"augment": 1}')
@@ -981,9 +985,7 @@ def loaded(folder):
 
 
 @pytest.mark.slow
-def test_the_same_command_continues_after_it_was_killed(
-    stripes, like, undisturbed, tmp_path, capsys
-):
+def test_the_same_command_continues_a_killed_run(stripes, like, undisturbed, tmp_path, capsys):
     line = ["train", stripes, "--recipe", like, "--out", tmp_path / "killed"]
     line = list(map(str, line))
     tests = os.path.dirname(__file__)  # where Python finds `two_processes`
@@ -1044,7 +1046,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(stripes, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_draws_its_curves(stripes, like, tmp_path, capsys):
+def test_the_train_command_draws_training_curves(stripes, like, tmp_path, capsys):
     line = ["train", stripes, "--recipe", like, "--epochs", 2, "--out", tmp_path / "out"]
     line += ["--plot", tmp_path / "curves.png", "--json"]
     assert main(list(map(str, line))) == 0
@@ -1054,7 +1056,7 @@ def test_train_draws_its_curves(stripes, like, tmp_path, capsys):
         assert picture.width > 1000
 
 
-def test_initial_weights_have_openais_standard_deviations():
+def test_initial_weights_have_the_standard_deviations_that_openai_uses():
     torch.manual_seed(0)
     shape = replace(SHAPE, text=replace(SHAPE.text, width=128, layers=3, vocab_size=2000))
     text = CLIP(shape).text

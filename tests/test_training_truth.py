@@ -79,7 +79,7 @@ def kinds_of(pixels):
 
 
 @pytest.mark.parametrize("step", range(3))
-def test_a_caption_is_true_of_every_image_that_lists_it(captioned, step):
+def test_in_the_loss_a_caption_is_true_of_every_image_that_has_it(captioned, step):
     data = open_data(captioned, ImageTransform(32))
     batch = next(batches(data, batch=12, seed=step, first=step))
     kinds = kinds_of(batch.pixels)
@@ -95,7 +95,7 @@ def test_a_caption_is_true_of_every_image_that_lists_it(captioned, step):
 
 
 @pytest.mark.parametrize("text", ["a picture", ["a picture"]])
-def test_an_image_with_one_caption_lists_no_others(text, tmp_path):
+def test_images_with_one_caption_each_add_no_further_true_captions(text, tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
     rows = [json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i in range(2)]
@@ -114,7 +114,7 @@ def test_a_caption_that_is_not_a_string_or_a_list_of_strings_is_an_error(text, t
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
-def test_captions_of_an_image_in_several_table_rows_are_all_true_of_it(kind, tmp_path):
+def test_captions_from_several_table_rows_are_all_true_of_their_image(kind, tmp_path):
     """For example, COCO has several rows for each image."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
     rows.append(("./3.png", "view 0 of 0"))  # also a caption of the first image
@@ -137,14 +137,14 @@ def test_captions_of_an_image_in_several_table_rows_are_all_true_of_it(kind, tmp
         assert is_true[i].tolist() == [(pixel, text) in known for text in batch.captions]
 
 
-def test_half_of_a_surrogate_pair_is_reported_with_its_row(tmp_path):
+def test_the_error_for_half_of_a_surrogate_pair_names_the_row(tmp_path):
     rows = '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "a \\ud83d"}\n'
     (tmp_path / "metadata.jsonl").write_text(rows)
     with pytest.raises(ValueError, match=r"metadata.jsonl, row 2: 'a \\ud83d' has half of a"):
         open_data(tmp_path, ImageTransform(32))
 
 
-def test_empty_captions_are_counted_and_left_out(tmp_path):
+def test_empty_captions_are_skipped_and_a_message_gives_their_number(tmp_path):
     for i in range(5):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     texts = ["a picture", "", None, [], [" ", "another", "\n"]]
@@ -160,7 +160,9 @@ def test_empty_captions_are_counted_and_left_out(tmp_path):
 
 @pytest.mark.parametrize("between", [",", "\t", ";"])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
+def test_columns_may_have_any_names_and_be_separated_by_commas_tabs_or_semicolons(
+    between, suffix, tmp_path
+):
     """open_clip's .csv files have tabs between columns, and many spreadsheets write semicolons."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     rows = [("filepath", "id", "title"), ("a.png", "7", '"a cat, black; asleep"')]
@@ -178,14 +180,14 @@ def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
         ('b.png,"a dog', "row 2 cannot be read: .* write each quote twice"),
     ],
 )
-def test_a_caption_that_is_not_quoted_as_csv_requires_is_an_error(row, reason, tmp_path):
+def test_a_caption_that_breaks_the_quoting_rules_of_csv_is_an_error(row, reason, tmp_path):
     """Python's csv module would cut the caption, or join it with all rows below."""
     (tmp_path / "x.csv").write_text(f"file_name,text\na.png,a cat,\n{row}\nc.png,a cow\n")
     with pytest.raises(ValueError, match=f"x.csv.* {reason}"):
         open_data(tmp_path / "x.csv", ImageTransform(32))
 
 
-def test_chunks_give_the_gradients_of_the_whole_batch():
+def test_chunks_with_several_true_captions_give_the_gradients_of_one_pass():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (6,), generator=generator)
     also = torch.randint(3, (6, 2), generator=generator)
@@ -230,7 +232,7 @@ def averaged_run(captioned, out):
 
 
 @pytest.mark.slow
-def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
+def test_the_checkpoint_is_the_moving_average_of_the_weights_after_each_step(
     captioned, tmp_path, monkeypatch
 ):
     after_each_step = []
@@ -256,7 +258,9 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
 
 
 @pytest.mark.slow
-def test_a_continued_run_gives_the_same_average_bit_for_bit(captioned, tmp_path, monkeypatch):
+def test_a_continued_run_gives_the_same_moving_average_bit_for_bit(
+    captioned, tmp_path, monkeypatch
+):
     undisturbed = averaged_run(captioned, tmp_path / "undisturbed")
     monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
     note = run_module.Run.log_step
@@ -279,7 +283,7 @@ def test_a_continued_run_gives_the_same_average_bit_for_bit(captioned, tmp_path,
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-def test_stacking_matrices_does_not_change_how_each_becomes_orthogonal(shape):
+def test_muon_orthogonalizes_stacked_matrices_like_single_matrices(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     matrices *= torch.tensor([1e-3, 1, 1e3])[:, None, None]
     alone = torch.cat([orthogonalized(matrix[None]) for matrix in matrices])
@@ -289,7 +293,7 @@ def test_stacking_matrices_does_not_change_how_each_becomes_orthogonal(shape):
     assert singular.min() > 0.5 and singular.max() < 1.3
 
 
-def test_muon_steps_each_matrix_independently():
+def test_muon_updates_each_matrix_independently():
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (6, 4)]
     together = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -308,7 +312,7 @@ def test_muon_steps_each_matrix_independently():
 # bfloat16 on a CPU
 
 
-def test_embeddings_are_normalised_in_float32_under_bfloat16(captioned, tmp_path, monkeypatch):
+def test_a_bfloat16_run_normalises_embeddings_in_float32(captioned, tmp_path, monkeypatch):
     lengths = []
 
     def note(image, text, *args):
@@ -323,7 +327,9 @@ def test_embeddings_are_normalised_in_float32_under_bfloat16(captioned, tmp_path
     assert lengths == pytest.approx([1] * 32, abs=1e-6)  # in bfloat16 the error would be 1e-3
 
 
-def test_bfloat16_makes_attention_eager_only_during_training(captioned, tmp_path, monkeypatch):
+def test_a_bfloat16_run_uses_eager_attention_and_then_restores_the_old_setting(
+    captioned, tmp_path, monkeypatch
+):
     written_out = []
 
     def attend(self, q, k, v):
