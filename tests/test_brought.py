@@ -61,7 +61,7 @@ def photograph():
     return Image.fromarray(noise)
 
 
-def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
+def test_squash_gives_the_pixels_of_transformers_at_a_fixed_height_and_width(tmp_path, photograph):
     """apple/DFN5B-CLIP-ViT-H-14-378 has this resize_mode in open_clip_config.json."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
@@ -86,7 +86,7 @@ def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, pho
 
 
 @pytest.mark.parametrize("mode", ["longest", "crop"])
-def test_the_error_for_another_resize_mode_names_the_mode(tmp_path, mode):
+def test_the_error_for_an_unsupported_resize_mode_names_the_mode(tmp_path, mode):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode=mode))
     with pytest.raises(CheckpointError, match=f"resize_mode is '{mode}'; expected 'shortest'"):
         ImageTransform.from_pretrained(tmp_path)
@@ -141,7 +141,7 @@ LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])
 
 
 @torch.no_grad()
-def test_metaclip_2_reads_a_text_at_its_first_token_with_id_2(metaclip, tmp_path):
+def test_metaclip_2_pools_a_text_at_its_first_token_with_id_2(metaclip, tmp_path):
     peer, directory = metaclip
     said = r"not CLIP's, so.*AutoTokenizer.from_pretrained\('.*metaclip'\)"
     with pytest.warns(UserWarning, match=said) as warned:
@@ -169,7 +169,7 @@ def test_metaclip_2_reads_a_text_at_its_first_token_with_id_2(metaclip, tmp_path
 
 
 @torch.no_grad()
-def test_open_clips_worldwide_models_are_read(metaclip, tmp_path):
+def test_an_open_clip_worldwide_model_gives_the_text_embeddings_of_transformers(metaclip, tmp_path):
     """The model is a smaller copy of open_clip's ViT-H-14-worldwide-quickgelu."""
     peer, directory = metaclip
     CLIP.from_pretrained(directory).save_pretrained(tmp_path / "world", layout="open_clip")
@@ -187,7 +187,7 @@ def test_open_clips_worldwide_models_are_read(metaclip, tmp_path):
     assert loaded.tokenizer is None
 
 
-def test_our_own_vocabulary_with_a_literal_end_token_is_loaded(tmp_path):
+def test_a_tokenizer_whose_end_token_has_the_id_2_is_saved_and_loaded(tmp_path):
     plain = Tokenizer.train(["a photo of a cat"], 600)
     end = plain.tokens([2])[0]
     tokenizer = Tokenizer(plain.vocab, plain.merges, added=plain.added, eos_token=end)
@@ -196,7 +196,7 @@ def test_our_own_vocabulary_with_a_literal_end_token_is_loaded(tmp_path):
     assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
 
 
-def test_an_open_clip_model_with_clips_eos_id_is_loaded_with_its_tokenizer(tmp_path):
+def test_a_tokenizer_with_the_eos_id_of_an_open_clip_config_is_loaded(tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat"], 600, context_length=20)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
     vision = replace(TINY.vision, width=64, heads=1)
@@ -214,7 +214,7 @@ def test_an_open_clip_model_with_clips_eos_id_is_loaded_with_its_tokenizer(tmp_p
 # --------------------------------------------------------------------------------------- subfolders
 
 
-def test_a_subfolder_of_a_directory_is_read(tmp_path):
+def test_a_checkpoint_in_a_subfolder_of_a_directory_is_loaded(tmp_path):
     model = tiny_clip()
     save(tmp_path / "0_CLIPModel", model, tokenizer_of(TINY), ImageTransform(40))
     for read in (
@@ -273,7 +273,7 @@ def half(tower):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_clip_gs_text_tower_alone_has_the_published_config(tmp_path, layout):
+def test_a_text_tower_without_a_config_gets_the_config_published_for_its_shapes(tmp_path, layout):
     path = write_zeros(tmp_path / "clip_g.safetensors", BIGG, layout, half("text"))
     with pytest.warns(UserWarning, match="of laion/CLIP-ViT-bigG.*20 text heads and gelu") as it:
         stored = open_model(path, None)
@@ -309,7 +309,7 @@ def test_a_file_with_both_towers_and_unambiguous_shapes_needs_no_config(tmp_path
     assert config.text == replace(G14.text, eos_token_id=2)
 
 
-def test_shapes_that_no_one_published_need_a_config(tmp_path):
+def test_a_file_with_unpublished_shapes_needs_a_config(tmp_path):
     model = tiny_clip()
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").rename(tmp_path / "tiny.json")
@@ -338,7 +338,7 @@ class Unpicklable:
         return (open, ("/tmp/miniclip-proof", "w"))
 
 
-def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
+def test_load_ignores_everything_in_a_training_file_except_the_weights(tmp_path):
     model = tiny_clip()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -373,7 +373,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     assert CLIP.from_pretrained(tmp_path / "flat.pt").config == TINY
 
 
-def test_two_state_dicts_in_one_file_are_an_error_that_names_them(tmp_path):
+def test_an_error_names_the_two_state_dicts_of_a_file(tmp_path):
     tiny_clip().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -395,7 +395,7 @@ def test_two_state_dicts_in_one_file_are_an_error_that_names_them(tmp_path):
     "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.",
     "_fsdp_wrapped_module._forward_module.", "clip_model.module.", "cond_stage_model.transformer.",
 ])  # fmt: skip
-def test_prefixes_that_wrappers_leave_are_removed(tmp_path, layout, prefix):
+def test_load_removes_prefixes_that_module_wrappers_add_to_tensor_names(tmp_path, layout, prefix):
     vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
     text = replace(TINY.text, width=64, heads=1)
     model = CLIP(replace(TINY, vision=vision, text=text))
@@ -419,7 +419,7 @@ def test_prefixes_that_wrappers_leave_are_removed(tmp_path, layout, prefix):
 @pytest.mark.parametrize("prefix", ["", "extractor.model."])
 @pytest.mark.parametrize("tower", ["vision", "text"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_tower_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
+def test_one_tower_is_loaded_with_any_prefix_in_the_tensor_names(tmp_path, layout, tower, prefix):
     """Users save `model.visual.state_dict()`, or a module that contains the tower."""
     vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
@@ -443,7 +443,7 @@ def test_one_tower_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
 
 
 @torch.no_grad()
-def test_long_clips_own_files_are_read(tmp_path):
+def test_loading_a_long_clip_file_merges_its_two_position_embeddings(tmp_path):
     """Long-CLIP's positions are positional_embedding * mask1 + positional_embedding_res * mask2."""
     vision = VisionConfig(64, 2, 1, 256, image_size=32, patch_size=16)
     config = CLIPConfig(vision, TextConfig(64, 2, 1, 256, context_length=248), 32)
@@ -468,7 +468,7 @@ def test_long_clips_own_files_are_read(tmp_path):
 
 
 @torch.no_grad()
-def test_the_vision_tower_of_an_image_classifier_is_read(tmp_path):
+def test_the_vision_tower_of_a_transformers_image_classifier_is_loaded(tmp_path):
     ours, theirs = twins(TINY)
     config = theirs.config
     config.num_labels = 3
@@ -524,7 +524,7 @@ def xsmall():
     return model
 
 
-def test_a_timm_vision_tower_is_read(tmp_path, xsmall):
+def test_a_timm_vision_tower_is_loaded(tmp_path, xsmall):
     settings = {"architecture": "vit_xsmall_patch16_clip_224", "num_classes": 32}
     write(tmp_path / "config.json", settings | {"pretrained_cfg": {"tag": "tinyclip_yfcc15m"}})
     tensors = timm_tensors(xsmall)
@@ -577,7 +577,7 @@ def test_timm_weights_whose_activation_contradicts_the_architecture_are_an_error
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["head in the trunk", "head outside"])
-def test_a_timm_vision_tower_in_an_open_clip_file_is_read(tmp_path, xsmall, outside):
+def test_a_timm_vision_tower_in_an_open_clip_file_is_loaded(tmp_path, xsmall, outside):
     """The file is like open_clip's MobileCLIP2-L-14, but with a causal mask."""
     xsmall.save_pretrained(tmp_path, layout="open_clip")
     path, weights = tmp_path / "open_clip_config.json", tmp_path / "open_clip_model.safetensors"
@@ -617,7 +617,7 @@ def test_a_timm_vision_tower_in_an_open_clip_file_is_read(tmp_path, xsmall, outs
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
-def test_a_quantised_model_is_not_saved_and_not_decomposed(tmp_path):
+def test_saving_or_decomposing_a_quantised_model_is_an_error(tmp_path):
     model = tiny_clip()
     linear = {torch.nn.Linear}
     quantised = torch.ao.quantization.quantize_dynamic(model, linear, dtype=torch.qint8)
@@ -631,7 +631,7 @@ def test_a_quantised_model_is_not_saved_and_not_decomposed(tmp_path):
         decompose(quantised, pixels)
 
 
-# ------------------------------------- ten more reports, each repeated as its author described it
+# -------------------------------------- ten more issues, each repeated as its author described it
 
 OPENAI_LIKE = replace(
     TINY,
@@ -660,7 +660,7 @@ class ResidualAttentionBlock(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
-def test_openai_clip_205_a_pickled_module_is_read(tmp_path):
+def test_issue_205_of_openai_clip_a_pickled_module_is_loaded(tmp_path):
     model = randomized(OPENAI_LIKE)
     whole = torch.nn.Module()
     for name, tensor in pack(model.state_dict(), LAYOUTS["openai"]).items():
@@ -680,7 +680,7 @@ def test_openai_clip_205_a_pickled_module_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["vision", "text", ""])
-def test_openai_clip_205_a_state_dict_or_a_module_of_ours_is_read(tmp_path, tower):
+def test_issue_205_of_openai_clip_a_state_dict_or_a_module_of_miniclip_is_loaded(tmp_path, tower):
     model = tiny_clip()
     part = getattr(model, tower) if tower else model
     kind = {"vision": VisionTower, "text": TextTower, "": CLIP}[tower]
@@ -693,7 +693,7 @@ def test_openai_clip_205_a_state_dict_or_a_module_of_ours_is_read(tmp_path, towe
 
 
 @pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
-def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
+def test_issue_284_of_openai_clip_a_lightning_module_with_a_head_is_loaded(tmp_path):
     model = randomized(OPENAI_LIKE)
     state = {f"clipmodel.{n}": t for n, t in pack(model.state_dict(), LAYOUTS["openai"]).items()}
     head = torch.nn.Linear(36, 3).state_dict(prefix="ff_head.")
@@ -708,7 +708,7 @@ def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
         CLIP.from_pretrained(tmp_path / "last.ckpt")
 
 
-def test_openai_clip_478_the_weights_of_another_architecture_are_an_error(tmp_path):
+def test_issue_478_of_openai_clip_the_weights_of_another_architecture_are_an_error(tmp_path):
     torch.save({"encoder.blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "parseq.pt")
     said = "not a CLIP's: encoder.blocks.0.norm1.weight. Expected names such as vision_mod"
     for config in (None, TINY):
@@ -717,7 +717,7 @@ def test_openai_clip_478_the_weights_of_another_architecture_are_an_error(tmp_pa
 
 
 @torch.no_grad()
-def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tmp_path):
+def test_issue_24650_of_transformers_a_token_added_after_the_end_token_gives_a_warning(tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat"], 520)
     text = replace(TINY.text, vocab_size=520, bos_token_id=518, eos_token_id=2)
     model = randomized(replace(TINY, text=text))
@@ -750,7 +750,7 @@ def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tm
     assert torch.equal(ours.encode_text(ids), aligned.encode_text(ids))
 
 
-def test_transformers_21638_images_one_or_three_pixels_wide_have_the_right_axes():
+def test_issue_21638_of_transformers_images_one_or_three_pixels_wide_have_the_right_axes():
     processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
     transform = ImageTransform(32)
     rng = np.random.default_rng(0)
@@ -762,7 +762,7 @@ def test_transformers_21638_images_one_or_three_pixels_wide_have_the_right_axes(
         assert torch.equal(transform(torch.from_numpy(pixels).permute(2, 0, 1)), expected)
 
 
-def test_diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read(tmp_path):
+def test_issue_8435_of_diffusers_the_text_encoder_in_a_stable_diffusion_file_is_loaded(tmp_path):
     model = tiny_clip()
     inside = "cond_stage_model.transformer."
     text = {n: t for n, t in model.state_dict().items() if n.startswith("text.")}
@@ -781,7 +781,7 @@ def test_diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read(t
         TextTower.from_pretrained(tmp_path / "sdxl.safetensors", config=TINY)
 
 
-def test_peft_2200_every_adapter_of_an_output_projection_is_trained():
+def test_issue_2200_of_peft_every_adapter_of_an_output_projection_gets_a_gradient():
     peft = pytest.importorskip("peft", reason="peft cannot be imported", exc_type=ImportError)
     adapted = peft.get_peft_model(tiny_clip(), peft.LoraConfig(target_modules=["out_proj"], r=2))
     adapted(torch.ones(1, 3, 40, 40), torch.tensor([[5, 599]])).logits_per_image.sum().backward()
@@ -790,7 +790,7 @@ def test_peft_2200_every_adapter_of_an_output_projection_is_trained():
     assert all(grad.abs().sum() > 0 for grad in grads.values())
 
 
-def test_captum_956_the_tokens_of_a_text_get_attributions():
+def test_issue_956_of_captum_the_tokens_of_a_text_get_attributions():
     captum = pytest.importorskip("captum.attr", reason="captum cannot be imported")
     model = tiny_clip().double()
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
@@ -811,12 +811,12 @@ def test_captum_956_the_tokens_of_a_text_get_attributions():
 
 
 @pytest.mark.parametrize("name", [" shapes", "openai/clip-vit-base-patch32 "])
-def test_immich_11017_a_space_around_a_models_name_is_reported(name):
+def test_issue_11017_of_immich_an_error_reports_a_space_around_a_model_name(name):
     with pytest.raises(CheckpointError, match=f"called '{name}'.*remove the space around the name"):
         load(name, local_files_only=True)
 
 
-def test_clip_retrieval_352_a_text_file_beside_an_image_is_its_caption(tmp_path):
+def test_issue_352_of_clip_retrieval_a_text_file_beside_an_image_is_its_caption(tmp_path):
     """img2dataset writes a text file beside each image. The numbered folders are not classes."""
     for i in range(4):
         folder = tmp_path / f"0000{i // 2}"

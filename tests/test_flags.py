@@ -1,4 +1,4 @@
-"""Each flag of each command reaches the code that uses it, and each default is documented."""
+"""Each command passes its flags to the code that uses them, and has the documented defaults."""
 
 import json
 import re
@@ -114,7 +114,7 @@ def no_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", WITH_REVISION)
-def test_the_revision_reaches_the_hub(run, no_hub, name):
+def test_each_command_passes_its_revision_flag_to_the_hub(run, no_hub, name):
     line = LINES[name]
     assert_error(run(f"{line} --revision second", "me/mine"), "asked for me/mine at second")
     assert_error(run(line, "me/mine"), "asked for me/mine at None")
@@ -129,7 +129,9 @@ def test_the_default_model_is_from_openai(run, no_hub, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [miniclip.Tokenizer, miniclip.ImageTransform])
 @pytest.mark.parametrize("name", WITH_REFERENCE)
-def test_the_reference_reaches_tokenizer_and_transform(run, monkeypatch, name, part):
+def test_each_command_passes_its_reference_flag_to_tokenizer_and_transform(
+    run, monkeypatch, name, part
+):
     if name == "tokenize" and part is miniclip.ImageTransform:
         return
 
@@ -142,12 +144,12 @@ def test_the_reference_reaches_tokenizer_and_transform(run, monkeypatch, name, p
 
 
 @pytest.mark.parametrize("name", WITH_DEVICE)
-def test_the_device_reaches_the_model(run, name):
+def test_each_command_passes_its_device_flag_to_the_model(run, name):
     assert_error(run(f"{LINES[name]} --device toaster"), "device 'toaster' cannot be used")
 
 
 @pytest.mark.slow
-def test_an_index_stores_the_commit_that_was_loaded(run, output, monkeypatch, tmp_path):
+def test_an_index_stores_the_commit_of_the_loaded_model(run, output, monkeypatch, tmp_path):
     """The hub's client stores a model in a folder that has the commit's name."""
 
     def snapshot(repository, *, revision, **options):
@@ -193,7 +195,7 @@ def test_parity_measures_errors_in_the_requested_dtype(output):
 
 
 @pytest.mark.slow
-def test_parity_prints_what_it_measured(run, output):
+def test_parity_prints_the_measured_errors(run, output):
     (found,) = [r for r in output("parity --random tiny")["rows"] if r["site"] == "logits"]
     columns = ("absolute", "relative", "float64", "model_error", "other_error")
     lines = [line.split() for line in run("parity --random tiny")[1].splitlines()]
@@ -238,7 +240,7 @@ def test_batches_have_64_images_by_default(run, monkeypatch, tmp_path, name):
     assert run(line.replace("OUT", "other") + " --batch 35")[0] == 0 and set(sizes) == {35}
 
 
-def test_the_number_of_workers_reaches_the_reader(run):
+def test_embed_passes_the_number_of_workers_to_the_image_reader(run):
     assert_error(run(f"{LINES['embed']} --workers 0"), "workers is 0")
 
 
@@ -258,7 +260,7 @@ RECIPE = {  # only hard_negatives, compile and fsdp have their default values
 
 
 @pytest.mark.slow
-def test_every_field_of_a_recipe_has_its_flag(run, output, tmp_path):
+def test_train_has_a_flag_for_every_field_of_a_recipe(run, output, tmp_path):
     config = TINY.to_dict()
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     (tmp_path / "like").mkdir()
@@ -298,7 +300,7 @@ def test_training_starts_from_the_given_model(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
+def test_convert_uses_the_given_layout_and_tokenizer(output, tmp_path):
     tokenizer = miniclip.Tokenizer.from_pretrained("everyday")
     shape = {"mlp_width": 256, "width": 64, "heads": 1, "ln_eps": 1e-5}  # for OpenAI's layout
     text = replace(
@@ -316,7 +318,7 @@ def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
     assert ids == tokenizer.encode("a photo of a cat")
 
 
-def test_classify_uses_each_given_template_or_the_template_of_openai(output):
+def test_classify_uses_all_given_templates_or_by_default_the_template_of_openai(output):
     line = "classify PICTURE --labels cat dog --model MODEL"
     usual = output(line)
     assert usual == output(f"{line} --template 'a photo of a {{}}.'")
@@ -353,7 +355,7 @@ def test_search_shows_twelve_images_by_default(output, desk, tmp_path):
     assert len(output("search index cat -k 3")) == 3
 
 
-def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
+def test_the_title_of_a_search_result_sheet_is_the_query(run, monkeypatch, desk):
     titles = []
     monkeypatch.setattr(
         "miniclip.retrieval.sheet.draw_sheet",
@@ -367,7 +369,7 @@ def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
 
 
 @pytest.mark.slow
-def test_explain_chooses_a_file_name_by_default(run, tmp_path):
+def test_explain_writes_to_miniclip_explain_png_by_default(run, tmp_path):
     status, _, err = run("explain PICTURE cat --model MODEL")
     assert (status, err) == (0, "picture: miniclip-explain.png\n")
     with Image.open(tmp_path / "miniclip-explain.png") as picture:
@@ -375,7 +377,7 @@ def test_explain_chooses_a_file_name_by_default(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_explain_scores_200_scenes_by_default(output, monkeypatch):
+def test_explain_scores_its_methods_on_200_scenes_by_default(output, monkeypatch):
     from miniclip.lens.heat import METHODS
 
     for method in list(METHODS):
@@ -383,7 +385,7 @@ def test_explain_scores_200_scenes_by_default(output, monkeypatch):
     assert output("explain --score shapes --model MODEL", "shapes")["scenes"] == 200
 
 
-def test_explain_uses_relevance_by_default(output):
+def test_explain_uses_the_method_relevance_by_default(output):
     line = "explain PICTURE cat --model MODEL"
     assert output(line)["method"] == "relevance"
     assert output(f"{line} --method rollout")["method"] == "rollout"

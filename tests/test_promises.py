@@ -33,7 +33,7 @@ Each notebook runs offline in under three minutes
     hub: model_names_of_openai_load_the_matching_repository_of_the_hub
     hub: from_pretrained_accepts_a_pasted_address_of_a_repository
 `subfolder="text_encoder"` reads the text tower
-    brought: a_subfolder_of_a_directory_is_read
+    brought: a_checkpoint_in_a_subfolder_of_a_directory_is_loaded
     hub: a_checkpoint_in_a_subfolder_of_a_repository_is_loaded
 `config=` gives the sizes
     brought: shapes_published_with_different_activations_need_a_config
@@ -85,15 +85,15 @@ a larger example, SigLIP in one file
 lists all tensors that are missing, unexpected or misshapen
     checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
 warning lists the other tensors
-    brought: openai_clip_284_a_lightning_module_with_a_head_is_read
-    brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read
+    brought: issue_284_of_openai_clip_a_lightning_module_with_a_head_is_loaded
+    brought: issue_8435_of_diffusers_the_text_encoder_in_a_stable_diffusion_file_is_loaded
 Saving and loading a model changes no bit
     checkpoint: load_save_load_is_bit_exact
 A warning lists the tensors with NaN or infinity
     layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
 end token come from the checkpoint
     model: custom_end_token_is_not_the_largest_id
-    brought: metaclip_2_reads_a_text_at_its_first_token_with_id_2
+    brought: metaclip_2_pools_a_text_at_its_first_token_with_id_2
     layouts: heads_and_eps_of_open_clip_are_read
 layout that cannot express the model
     layouts: a_layout_says_what_it_cannot_express
@@ -131,13 +131,13 @@ come from one commit
 or from one save
     saving: a_load_during_a_save_reads_the_files_of_one_save
 The next save removes
-    saving: files_of_killed_processes_are_removed_and_others_are_kept
+    saving: a_save_removes_files_of_killed_processes_but_not_of_running_processes
 never publishes them
     hub: files_left_by_a_crashed_save_are_not_published
 leaves the old checkpoint or the new one
-    saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new
-    saving: two_saves_at_the_same_time_leave_one_whole_save
-    saving: a_full_disk_is_an_error_that_leaves_the_old_checkpoint
+    saving: a_process_killed_while_saving_leaves_the_old_or_the_new_checkpoint
+    saving: two_saves_at_the_same_time_leave_one_complete_checkpoint
+    saving: a_full_disk_raises_an_error_and_leaves_the_old_checkpoint
 at most 1.15 times the memory of the model
     checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype
 """

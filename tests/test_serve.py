@@ -273,7 +273,7 @@ def coffee(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
+def test_the_page_opens_with_an_example_and_sends_requests_only_to_its_server(page, server):
     labels, shares = zip(*bars(page))
     assert labels[0] == "cup of coffee" and len(labels) == 8
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.5)
@@ -284,8 +284,8 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 
 @pytest.mark.slow
-def test_the_browser_refuses_other_addresses(page):
-    """A control for the test above. The browser refuses addresses other than the server's."""
+def test_the_browser_blocks_requests_that_the_content_security_policy_forbids(page):
+    """A blocked request appears in `page.complaints`, which must be empty in the test above."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -296,7 +296,7 @@ def test_the_browser_refuses_other_addresses(page):
 
 
 @pytest.mark.slow
-def test_an_upload_gets_the_right_bars_and_heat(page, coffee, theirs):
+def test_an_uploaded_image_gets_the_scores_and_heat_map_of_transformers(page, coffee, theirs):
     page.set_input_files("#file", coffee)
     page.fill("#labels", "a cup\n\n  a ship \na <b>frog</b>")
     page.fill("#templates", "a photo of {}.\n{}")
@@ -325,7 +325,7 @@ def test_an_upload_gets_the_right_bars_and_heat(page, coffee, theirs):
 
 
 @pytest.mark.slow
-def test_the_page_shows_one_head_of_one_layer(page, theirs, example):
+def test_the_page_shows_the_attention_of_the_chosen_layer_and_head(page, theirs, example):
     assert not page.is_visible("#layer")
     page.select_option("#method", "head")
     page.select_option("#layer", "2")
@@ -337,7 +337,7 @@ def test_the_page_shows_one_head_of_one_layer(page, theirs, example):
 
 
 @pytest.mark.slow
-def test_the_page_works_by_keyboard_alone(page):
+def test_the_page_can_be_used_with_only_the_keyboard(page):
     """Keys choose the second example and then the second label. Each example has its own model."""
 
     def tab_to(selector):
@@ -362,7 +362,7 @@ def test_the_page_works_by_keyboard_alone(page):
 
 
 @pytest.mark.slow
-def test_a_phone_needs_no_sideways_scrolling(page):
+def test_the_page_needs_no_sideways_scrolling_on_a_phone(page):
     page.set_viewport_size({"width": 320, "height": 640})
     search(page, "a cat")
     page.fill("#labels", "a label of " + 30 * "c")
@@ -372,7 +372,7 @@ def test_a_phone_needs_no_sideways_scrolling(page):
 
 
 @pytest.mark.slow
-def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path, coffee):
+def test_the_page_says_why_it_refuses_an_upload(page, tmp_path, coffee):
     uploads = {name: tmp_path / f"{name}.jpg" for name in ("text", "cut", "bomb", "large", "eps")}
     uploads["text"].write_text("no picture")
     uploads["cut"].write_bytes(coffee.read_bytes()[:2000])
@@ -398,7 +398,7 @@ def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path,
 
 
 @pytest.mark.slow
-def test_bad_labels_and_templates_are_refused_with_a_reason(page):
+def test_the_page_says_why_it_refuses_labels_or_templates(page):
     for box, text, message in (
         ("#labels", "word " * 150, "77 fit. Shorten the text. "),
         ("#labels", " ", "write at least one"),
@@ -418,7 +418,7 @@ def test_bad_labels_and_templates_are_refused_with_a_reason(page):
 
 
 @pytest.mark.slow
-def test_a_new_image_shows_the_heat_of_its_own_best_label(page, tmp_path):
+def test_a_new_image_gets_the_heat_map_of_its_best_label(page, tmp_path):
     assert "cup of coffee" in page.inner_text("#text")
     Image.fromarray(skimage.data.rocket()).save(tmp_path / "rocket.png")
     page.fill("#labels", "cup of coffee\nrocket")
@@ -437,7 +437,7 @@ def test_a_new_image_shows_the_heat_of_its_own_best_label(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_photo_of_forty_megapixels_is_turned_upright(page, coffee):
+def test_the_page_turns_a_photo_of_forty_megapixels_upright(page, coffee):
     small = Image.open(coffee)
     picture = small.resize((7744, 5184), Image.Resampling.NEAREST)
     exif = Image.Exif()
@@ -454,7 +454,7 @@ def test_a_photo_of_forty_megapixels_is_turned_upright(page, coffee):
 
 
 @pytest.mark.slow
-def test_two_tabs_are_independent(page, server, chromium):
+def test_two_browser_tabs_are_independent(page, server, chromium):
     with chromium.new_page() as other:
         other.set_default_timeout(300_000)
         other.goto(server.url)
@@ -469,7 +469,7 @@ def test_two_tabs_are_independent(page, server, chromium):
 
 
 @pytest.mark.slow
-def test_the_page_says_that_its_server_has_ended(page):
+def test_the_page_says_that_the_server_has_ended(page):
     page.route("**/classify", lambda route: route.abort())
     page.fill("#labels", "dog\nzebra")
     page.wait_for_selector("#error:visible:has-text('is miniclip serve still running?')")
@@ -534,7 +534,7 @@ def test_text_and_controls_have_enough_contrast(page, scheme):
 
 
 @pytest.mark.slow
-def test_the_server_tells_the_page_what_the_page_needs(server):
+def test_the_server_sends_the_models_methods_colours_and_limits_to_the_page(server):
     status, about = server.post("about", {})
     scene, photograph = about.pop("examples")[::-1]
     assert status == 200 and about == {
@@ -567,7 +567,7 @@ def asked(example):
 
 
 @pytest.mark.slow
-def test_scores_equal_transformers(server, theirs, asked, example):
+def test_the_scores_equal_those_of_transformers(server, theirs, asked, example):
     status, answer = server.post("classify", asked)
     assert status == 200
     expected = theirs["everyday"].scores(example, asked["labels"], asked["templates"])
@@ -580,7 +580,7 @@ def test_scores_equal_transformers(server, theirs, asked, example):
 
 
 @pytest.mark.slow
-def test_the_heat_map_uses_the_first_sentence_and_the_given_method(server, theirs, asked, example):
+def test_the_heat_map_uses_the_first_template_and_the_given_method(server, theirs, asked, example):
     text = "a photo of a cat."
     expected = {
         "relevance": theirs["everyday"].relevance(example, text),
@@ -625,7 +625,7 @@ def ask(app, path, *questions, then=(), **headers):
 
 
 @pytest.mark.slow
-def test_a_search_finds_the_best_images_with_their_cosines(index, theirs, tmp_path):
+def test_a_search_returns_the_best_images_with_their_cosine_similarities(index, theirs, tmp_path):
     status, found = ask(create_app({}, *open_index(index, "cpu")), "search", {"text": "a ship"})
     names = {os.path.basename(hit["path"]): hit for hit in found}
     assert status == 200 and names.keys() == {"chelsea.png", "rocket.png", "coffee.png"}
@@ -639,7 +639,7 @@ def test_a_search_finds_the_best_images_with_their_cosines(index, theirs, tmp_pa
         assert max(pixels_in(hit["picture"]).shape[:2]) == 224
 
 
-def test_an_image_that_has_moved_is_found_by_name_and_score(tmp_path):
+def test_a_search_lists_a_deleted_image_with_a_blank_picture(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     line = ["embed", tmp_path / "red.png", "--out", tmp_path / "i", "--model", "everyday"]
     assert main(list(map(str, line))) == 0
@@ -685,7 +685,7 @@ def test_questions_are_still_answered_one_at_a_time_after_a_timeout(monkeypatch)
     assert ask(app, "search", {"text": "d"}) == (200, []) and max(most) == 1
 
 
-def test_a_question_that_nobody_waits_for_is_not_answered():
+def test_a_question_whose_client_has_disconnected_is_not_answered():
     asked = []
     gone = {"type": "http.disconnect"}
     app = create_app({}, lambda text: asked.append(text) or [])
@@ -696,7 +696,7 @@ def test_a_question_that_nobody_waits_for_is_not_answered():
 
 
 @pytest.mark.slow
-def test_the_page_has_a_policy_that_lets_it_ask_only_this_server(server):
+def test_the_content_security_policy_allows_requests_only_to_this_server(server):
     with urllib.request.urlopen(server.url) as answer:
         policy, page = answer.headers["content-security-policy"], answer.read().decode()
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -720,12 +720,12 @@ def encoded(kind):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_the_usual_formats_are_read(kind):
+def test_the_server_reads_the_usual_image_formats(kind):
     assert read_picture(encoded(kind)).size == (8, 8)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "JPEG2000", "PDF"])
-def test_the_error_for_another_format_lists_the_formats_that_are_read(kind):
+def test_the_error_for_an_unsupported_format_lists_the_supported_formats(kind):
     """Pillow would start Ghostscript to read EPS."""
     with pytest.raises(
         ImageError, match="not an image.* page reads JPEG, PNG, WEBP, GIF, BMP, TIFF$"
@@ -757,7 +757,7 @@ def test_questions_that_the_page_never_asks_are_an_error(server, path, question,
     assert status == 400 and message in answer and "\n" not in answer
 
 
-def test_a_search_needs_an_index():
+def test_a_search_without_an_index_is_an_error():
     status, answer = ask(create_app({}), "search", {"text": "a cat"})
     assert status == 400 and "no index to search" in answer["error"]
 
@@ -792,12 +792,12 @@ def test_a_request_from_another_site_is_not_answered(headers, status):
         ({"text": "a", "labels": ["b", "a" * 1001]}, "labels: a text has more than 1,000"),
     ],
 )
-def test_long_questions_are_an_error(question, message):
+def test_a_question_with_too_long_or_too_many_texts_is_an_error(question, message):
     status, answer = ask(create_app({}, lambda text: []), "search", question)
     assert status == 400 and message in answer["error"]
 
 
-def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+def test_an_image_with_too_many_pixels_is_an_error_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(serve, "open_image", None)
     for side in (7072, 15000):
         picture = io.BytesIO()
@@ -807,7 +807,7 @@ def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
             read_picture(url)
 
 
-def test_the_number_of_waiting_questions_and_their_time_are_limited(monkeypatch):
+def test_the_server_limits_how_many_questions_wait_and_how_long(monkeypatch):
     go = threading.Event()
     monkeypatch.setattr(serve, "MAX_WAITING", 2)
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.2)
@@ -819,7 +819,7 @@ def test_the_number_of_waiting_questions_and_their_time_are_limited(monkeypatch)
     assert said.count("no answer within 0.2 seconds") == 2
 
 
-def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, capfd):
+def test_the_server_closes_idle_connections_and_does_not_log_lost_connections(monkeypatch, capfd):
     monkeypatch.setattr(serve, "IDLE_SECONDS", 0.1)
     listening = listen(0)
     config = uvicorn.Config(
@@ -847,9 +847,9 @@ def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, c
 
 
 @pytest.mark.slow
-def test_only_this_machine_is_answered(server):
-    """Other machines cannot reach 127.0.0.1, the only address of the server. The test also connects
-    to 127.0.0.2, which must fail."""
+def test_the_server_accepts_connections_from_only_this_machine(server):
+    """The server listens only on 127.0.0.1, which other machines cannot reach. A connection to
+    127.0.0.2 must fail."""
     port = int(server.url.rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError):
         other.connect(("127.0.0.2", port))
@@ -858,14 +858,14 @@ def test_only_this_machine_is_answered(server):
 
 
 @pytest.mark.slow
-def test_another_host_name_is_refused(server):
+def test_the_server_refuses_a_request_with_another_host_name(server):
     status, answer = server.post("about", {}, Host="evil.example")
     assert status == 400 and "examples" not in answer
     for host in ("127.0.0.1", "localhost"):
         assert server.post("about", {}, Host=host)[0] == 200
 
 
-def test_a_data_url_does_not_change_an_image(coffee):
+def test_a_round_trip_through_a_data_url_does_not_change_an_image(coffee):
     upright = read_picture("data:;base64," + base64.b64encode(coffee.read_bytes()).decode())
     assert upright.size == (400, 600)
     assert np.array_equal(np.asarray(read_picture(write_picture(upright))), np.asarray(upright))
@@ -904,7 +904,7 @@ def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path)
 
 
 @pytest.mark.slow
-def test_control_c_ends_the_server_after_it_has_answered(server, servers):
+def test_control_c_ends_the_server_after_it_has_answered_all_requests(server, servers):
     picture = write_picture(Image.new("RGB", (9, 9)))
     question = {"model": "shapes", "picture": picture, "templates": ["{}"], "label": "a star"}
     body = json.dumps(question | {"method": "attention"}).encode()
@@ -934,7 +934,7 @@ def test_control_c_ends_the_server_after_it_has_answered(server, servers):
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def test_a_port_that_is_taken_is_an_error(capsys):
+def test_a_port_in_use_or_out_of_range_is_an_error(capsys):
     with listen(None) as first, listen(None) as second:
         port = first.getsockname()[1]
         assert first.getsockname()[0] == "127.0.0.1"

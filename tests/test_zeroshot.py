@@ -52,7 +52,7 @@ def tokenizer():
     return Tokenizer(vocab, trained.merges, context_length=TINY.text.context_length)
 
 
-def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
+def test_prompt_embeddings_are_normalised_averaged_and_normalised_again(model, tokenizer):
     found = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
     for label, row in zip(LABELS, found, strict=True):
         total = torch.zeros(TINY.embed_dim)
@@ -62,14 +62,14 @@ def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
         torch.testing.assert_close(row, total / total.norm())
 
 
-def test_labels_may_fill_more_than_one_batch(model, tokenizer):
+def test_labels_that_fill_several_batches_get_the_same_embeddings(model, tokenizer):
     labels = [f"cat {i}" for i in range(100)]  # with three templates, 300 texts
     alone = [class_embeddings(model, tokenizer, label, TEMPLATES) for label in labels[::9]]
     together = class_embeddings(model, tokenizer, labels, TEMPLATES)
     torch.testing.assert_close(together[::9], torch.cat(alone))
 
 
-def test_texts_are_embedded_once_and_sorted_by_length(model, tokenizer, monkeypatch):
+def test_equal_texts_are_embedded_once_in_batches_sorted_by_length(model, tokenizer, monkeypatch):
     texts = [f"{i} {'cat ' * (i % 7)}" for i in range(100)]
     texts += texts[::-1]
     batches = []
@@ -91,7 +91,7 @@ def test_texts_are_embedded_once_and_sorted_by_length(model, tokenizer, monkeypa
     assert not found.requires_grad  # a gradient graph for a million texts would fill memory
 
 
-def test_one_template_gives_the_logits_of_the_model(model, tokenizer):
+def test_a_classifier_with_one_template_gives_the_logits_of_the_model(model, tokenizer):
     pixels, _ = random_inputs(TINY, images=4)
     ids = tokenizer([f"a {label}." for label in LABELS])
     expected = model(pixels, ids).logits_per_image.detach()
@@ -99,7 +99,7 @@ def test_one_template_gives_the_logits_of_the_model(model, tokenizer):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
-def test_ranking_is_sorted_and_sums_to_one(model, tokenizer):
+def test_a_ranking_is_sorted_by_logit_and_its_probabilities_sum_to_one(model, tokenizer):
     pixels, _ = random_inputs(TINY, images=2)
     classifier = ZeroShotClassifier(model, tokenizer, LABELS)
     for scores, logits in zip(classifier.rank(pixels), classifier(pixels), strict=True):
@@ -117,12 +117,14 @@ def test_ranking_is_sorted_and_sums_to_one(model, tokenizer):
         (["cat"], ["a photo"], "has no {}"),
     ],
 )
-def test_empty_prompts_are_an_error(model, tokenizer, labels, templates, message):
+def test_empty_labels_and_unusable_templates_are_an_error(
+    model, tokenizer, labels, templates, message
+):
     with pytest.raises(ValueError, match=message):
         class_embeddings(model, tokenizer, labels, templates)
 
 
-def test_bytes_are_not_pixels(model, tokenizer):
+def test_images_of_dtype_uint8_are_an_error(model, tokenizer):
     """The cast to the dtype of the weights must not hide that the bytes are not normalised."""
     with pytest.raises(ValueError, match="uint8"):
         ZeroShotClassifier(model, tokenizer, LABELS)(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
@@ -142,7 +144,7 @@ def test_labels_may_be_one_string_or_any_iterable_of_strings(model, tokenizer):
             ZeroShotClassifier(model, tokenizer, wrong)
 
 
-def test_class_weights_can_start_a_linear_probe(model, tokenizer):
+def test_class_weights_can_initialise_a_linear_probe(model, tokenizer):
     classifier = ZeroShotClassifier(model, tokenizer, LABELS)
     pixels = random_inputs(TINY)[0]
     probe = torch.nn.Linear(TINY.embed_dim, len(LABELS), bias=False)
@@ -165,7 +167,7 @@ def test_the_gradient_of_a_class_equals_the_gradient_of_its_prompt(model, tokeni
     assert not torch.is_inference_mode_enabled() and classifier.rank(pixels)
 
 
-def test_every_public_tensor_can_be_used_in_autograd(model, tokenizer, tmp_path):
+def test_every_returned_tensor_can_be_used_in_autograd(model, tokenizer, tmp_path):
     pixels, transform = random_inputs(TINY)[0], ImageTransform(TINY.vision.side)
     classifier = ZeroShotClassifier(model, tokenizer, LABELS)
     for name in ("cat", "dog"):
@@ -204,12 +206,14 @@ def test_every_public_tensor_can_be_used_in_autograd(model, tokenizer, tmp_path)
         (CIFAR_TEMPLATES, 18, 18, "9bbf912e1144ca4c7de308d478b5ced7ea3df9e6"),
     ],
 )  # fmt: skip
-def test_published_lists_have_their_checksums(lines, count, unique, checksum):
+def test_published_class_and_template_lists_have_the_checksums_of_the_originals(
+    lines, count, unique, checksum
+):
     assert (len(lines), len(set(lines))) == (count, unique)
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40] == checksum
 
 
-def test_published_lists_have_known_entries():
+def test_published_class_and_template_lists_have_known_entries():
     classes = dict(enumerate(IMAGENET_CLASSES))
     assert [classes[i] for i in (0, 21, 134, 517, 999)] == [
         "tench", "kite (bird of prey)", "crane bird", "construction crane", "toilet paper",
@@ -242,7 +246,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def test_the_papers_data_sets_have_the_published_classes_and_templates():
+def test_the_data_sets_of_the_paper_have_the_published_classes_and_templates():
     counts = {name: len(classes) for name, classes in CLASS_SETS.items()}
     assert counts == PUBLISHED | {"imagenet": 1000}
     assert TEMPLATE_SETS.keys() == {*PUBLISHED, "imagenet", "simple"}
@@ -262,7 +266,7 @@ def test_the_papers_data_sets_have_the_published_classes_and_templates():
         ([str(i) for i in range(101)], CLASS_SETS["food101"]),
     ],
 )
-def test_published_names_are_matched_with_folders(folders, labels):
+def test_published_class_names_are_matched_with_the_folders_of_a_data_set(folders, labels):
     assert published_labels("food101", folders) == labels
     with pytest.raises(ValueError, match="1 of 2 .* no class in food101, for example 'cat'"):
         published_labels("food101", ["apple pie", "cat"])
@@ -297,7 +301,7 @@ def make_folders(root, names):
         (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # n00000000 is not an ImageNet id
     ],
 )
-def test_folders_name_the_classes(tmp_path, folders, labels):
+def test_the_folder_names_give_the_class_labels(tmp_path, folders, labels):
     images = labelled_images(make_folders(tmp_path, folders))
     assert images.labels == labels
     assert [path.parent.name for path in images.paths] == images.folders
@@ -306,7 +310,7 @@ def test_folders_name_the_classes(tmp_path, folders, labels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}", "{:03}"])
-def test_positions_of_imagenet_are_sorted_as_numbers(tmp_path, form):
+def test_imagenet_folders_named_0_to_999_are_sorted_as_numbers(tmp_path, form):
     for i in range(1000):
         (tmp_path / form.format(i)).mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / form.format(744) / "a.png")
@@ -315,7 +319,7 @@ def test_positions_of_imagenet_are_sorted_as_numbers(tmp_path, form):
     assert images.classes == [744] and images.folders[2] == form.format(2)
 
 
-def test_the_wnids_of_imagenet_get_its_class_names():
+def test_folders_named_by_imagenet_wnids_get_the_imagenet_class_names():
     assert folder_labels(IMAGENET_WNIDS) == list(IMAGENET_CLASSES)
 
 
@@ -327,7 +331,7 @@ def test_labels_can_replace_the_names_of_the_folders(tmp_path):
 
 
 @pytest.mark.parametrize("ids", [["0", "1", "10", "2"], ["n02", "n01"]])
-def test_ids_in_a_json_file_have_the_order_of_the_folders(tmp_path, ids):
+def test_labels_in_a_json_file_get_the_order_of_the_folders(tmp_path, ids):
     (tmp_path / "labels.json").write_text(json.dumps({id: f"label of {id}" for id in ids}))
     images = labelled_images(
         make_folders(tmp_path, ids), find_labels(str(tmp_path / "labels.json"))
@@ -335,7 +339,7 @@ def test_ids_in_a_json_file_have_the_order_of_the_folders(tmp_path, ids):
     assert images.labels == [f"label of {folder}" for folder in images.folders]
 
 
-def test_hidden_files_are_not_images(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path):
     make_folders(tmp_path, ["cat", "cat/deeper", "cat/.cache", ".git"])
     (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "README").write_text("beside the folders")
@@ -353,7 +357,7 @@ def test_hidden_files_are_not_images(tmp_path):
         (lambda root: (root / "cat").mkdir(parents=True), "no files in its 1 class folder"),
     ],
 )
-def test_folders_without_images_are_an_error(tmp_path, make, message):
+def test_a_data_folder_without_images_is_an_error(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
         labelled_images(tmp_path / "data")
@@ -399,7 +403,7 @@ CONFUSION = [[2, 1, 0], [0, 0, 3], [1, 0, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
-def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size):
+def test_the_confusion_matrix_counts_images_by_true_and_predicted_class(tmp_path, batch_size):
     images = save_planted(tmp_path, CONFUSION)
     result = evaluate(planted(torch.eye(4)), GREY, images, batch_size)
     assert result.confusion[:, :3].tolist() == CONFUSION and not result.confusion[:, 3].any()
@@ -411,7 +415,7 @@ def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size
     assert result.mistakes() == [(1, 2, 3), (0, 1, 1), (2, 0, 1)]
 
 
-def test_the_mean_per_class_and_the_standard_error_follow_their_formulas(tmp_path):
+def test_the_mean_accuracy_per_class_and_the_standard_error_follow_their_formulas(tmp_path):
     result = evaluate(planted(torch.eye(4)), GREY, save_planted(tmp_path, CONFUSION))
     assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # class 3 has no images
     right = np.array([1, 1, 0, 0, 0, 0, 1, 0])
@@ -419,13 +423,13 @@ def test_the_mean_per_class_and_the_standard_error_follow_their_formulas(tmp_pat
 
 
 @pytest.mark.parametrize("right, images", [(3, 8), (0, 5), (5, 5)])
-def test_the_ends_of_the_interval_solve_wilsons_equation(right, images):
+def test_the_ends_of_the_confidence_interval_solve_the_equation_of_wilson(right, images):
     for edge in evaluation.wilson_interval(right, images):
         error = abs(right / images - edge)
         assert error == pytest.approx(1.959964 * (edge * (1 - edge) / images) ** 0.5, abs=1e-9)
 
 
-def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
+def test_the_calibration_error_compares_confidence_with_accuracy_in_fifteen_bins():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(400, 3)) * 2
     logits[0] = [100, 0, 0]  # a confidence of 1 belongs to the last bin
@@ -442,7 +446,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
     assert found.bins[:, 0].sum() == 400 and found.bins[14, 0] >= 1
 
 
-def test_top5_counts_the_five_best(tmp_path):
+def test_an_image_counts_in_top5_if_its_class_is_among_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
     for row in range(7):  # `answers[row]` puts `row` classes above the right class
@@ -457,12 +461,12 @@ def test_top5_counts_the_five_best(tmp_path):
     assert result.top5 == 5 / 7 and result.accuracy == 1 / 7
 
 
-def test_a_single_class_is_always_right(tmp_path):
+def test_a_classifier_with_a_single_class_has_accuracy_1(tmp_path):
     result = evaluate(planted(torch.ones(1, 1)), GREY, save_planted(tmp_path, [[3]]))
     assert (result.accuracy, result.top5, result.mistakes()) == (1, 1, [])
 
 
-def test_classes_with_one_label_are_counted_by_position(tmp_path, model, tokenizer):
+def test_two_classes_with_the_same_label_are_counted_separately(tmp_path, model, tokenizer):
     images = save_planted(tmp_path, [[2, 0, 0], [0, 1, 0], [0, 0, 4]])
     images = images._replace(labels=["missile", "cat", "missile"])
     result = evaluate(planted(torch.eye(3)), GREY, images)
@@ -473,7 +477,7 @@ def test_classes_with_one_label_are_counted_by_position(tmp_path, model, tokeniz
     assert torch.equal(classifier.weights[0], classifier.weights[2])
 
 
-def test_unreadable_files_are_skipped_and_named(tmp_path):
+def test_an_evaluation_skips_and_lists_unreadable_files(tmp_path):
     images = save_planted(tmp_path, CONFUSION)
     for name, damage in {"1-9": b"", "text": b"no image", "0-9": None}.items():
         path = tmp_path / "class_1" / f"{name}.png"
@@ -496,7 +500,7 @@ def test_a_list_of_only_unreadable_files_is_an_error(tmp_path, model, tokenizer)
         picture_features(Loaded(model, tokenizer, GREY), [str(tmp_path / "a.txt")])
 
 
-def test_a_batch_of_0_is_an_error(tmp_path):
+def test_a_batch_size_of_0_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="batch is 0"):
         evaluate(planted([[1]]), GREY, save_planted(tmp_path, [[1]]), batch_size=0)
 
@@ -504,7 +508,7 @@ def test_a_batch_of_0_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "webp", "gif"]
 )
-def test_images_of_every_mode_are_read(tmp_path, mode):
+def test_an_evaluation_reads_images_of_many_modes_and_formats(tmp_path, mode):
     (tmp_path / "cat").mkdir()
     suffix = {"CMYK": "tif", "webp": "webp", "gif": "gif"}.get(mode, "png")
     Image.new("RGB" if mode == suffix else mode, (9, 13)).save(tmp_path / "cat" / f"a.{suffix}")
@@ -512,7 +516,7 @@ def test_images_of_every_mode_are_read(tmp_path, mode):
     assert (result.images.tolist(), result.skipped) == ([1], [])
 
 
-def test_reading_ahead_keeps_the_order_and_stops_at_its_limit():
+def test_read_ahead_keeps_the_order_of_the_items_and_stops_at_its_limit():
     started = []
     overtaken, sixth, seventh, goes_on = (threading.Event() for _ in range(4))
 
@@ -538,7 +542,7 @@ def test_reading_ahead_keeps_the_order_and_stops_at_its_limit():
     assert sorted(started) == list(range(30))
 
 
-def test_a_reader_that_stops_leaves_the_rest_unread(monkeypatch):
+def test_closing_read_ahead_early_leaves_the_remaining_items_unread(monkeypatch):
     started, second, goes_on = [], threading.Event(), threading.Event()
 
     class Pool(ThreadPoolExecutor):
@@ -561,7 +565,7 @@ def test_a_reader_that_stops_leaves_the_rest_unread(monkeypatch):
     assert started == [0, 1]
 
 
-def test_accuracy_equals_transformers(tmp_path, tokenizer):
+def test_the_confusion_matrix_and_the_accuracy_equal_those_of_transformers(tmp_path, tokenizer):
     ours, theirs = twins(TINY)
     labels = [*LABELS, "the cup", "dog again"]
     rng = np.random.default_rng(0)
@@ -592,7 +596,7 @@ def test_accuracy_equals_transformers(tmp_path, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 60])
-def test_the_confusion_matrix_is_drawn(tmp_path, count):
+def test_draw_confusion_writes_a_picture_of_the_confusion_matrix(tmp_path, count):
     from miniclip.figures.confusion import draw_confusion
 
     confusion = 5 * torch.eye(count, dtype=torch.int64)

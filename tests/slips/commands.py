@@ -198,7 +198,7 @@ SLIPS = [
         "serve ignores --port.",
         "with listen(args.port) as socket",
         "with listen(None) as socket",
-        f"{SERVE} -k taken",
+        f"{SERVE} -k port_in_use",
     ),
     Slip(
         "bench ignores --dtype.",
@@ -411,7 +411,7 @@ SLIPS = [
         "An upload may have 30 MB, not 20.",
         "MAX_BYTES = 20_000_000",
         "MAX_BYTES = 30_000_000",
-        f"{SERVE} -k 'needs or never'",
+        f"{SERVE} -k 'limits_to or never'",
     ),
     Slip(
         "The page reads EPS files.",
@@ -429,7 +429,7 @@ SLIPS = [
         "The page may load images from any server.",
         "img-src data:;",
         "img-src *;",
-        f"{SERVE} -k policy",
+        f"{SERVE} -k policy_allows",
     ),
     Slip(
         "The server answers to any host name.",
@@ -441,7 +441,7 @@ SLIPS = [
         "The server listens to other machines.",
         "socket.create_server((HOST, candidate))",
         'socket.create_server(("", candidate))',
-        f"{SERVE} -k 'taken or only_this'",
+        f"{SERVE} -k 'port_in_use or only_this'",
     ),
     Slip(
         "Questions are answered in parallel.",
@@ -453,7 +453,7 @@ SLIPS = [
         "A question is answered although the page no longer waits for it.",
         "if await request.is_disconnected():",
         "if False:",
-        f"{SERVE} -k nobody_waits",
+        f"{SERVE} -k client_has_disconnected",
     ),
     Slip(
         "The heat map is of the last sentence.",
@@ -495,7 +495,7 @@ SLIPS = [
         "Two of the heat map's three colours are exchanged.",
         'HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")',
         'HEAT_COLOURS = ("#000004", "#fcffa4", "#bc3754")',
-        f"{SERVE} -k 'heat or needs'",
+        f"{SERVE} -k 'heat or colours'",
     ),
     Slip(
         "Patches without heat hide the image.",
@@ -538,7 +538,7 @@ SLIPS = [
         "A class without images counts as 0 in the mean over the classes.",
         "return self.class_accuracy.nanmean().item()",
         "return self.class_accuracy.nan_to_num().mean().item()",
-        f"{ZEROSHOT} -k mean_per_class",
+        f"{ZEROSHOT} -k mean_accuracy_per_class",
     ),
     Slip(
         "A bin of confidences includes its lower edge, not its upper edge.",
@@ -616,13 +616,13 @@ SLIPS = [
         "True and predicted classes are exchanged in the confusion matrix.",
         "confusion.index_put_((true, best[:, 0]),",
         "confusion.index_put_((best[:, 0], true),",
-        f"{ZEROSHOT} -k confusions",
+        f"{ZEROSHOT} -k confusion_matrix_counts",
     ),
     Slip(
         "Numbered folders are sorted as text.",
         "are_numbers = all(map(str.isdecimal, names))",
         "are_numbers = False",
-        f"{ZEROSHOT} -k 'name_the_classes or sorted'",
+        f"{ZEROSHOT} -k 'folder_names or sorted'",
     ),
     Slip(
         "Hidden files count as images.",
