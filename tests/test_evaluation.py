@@ -96,7 +96,7 @@ def test_cached_embeddings_work_as_an_index_and_cached_features_do_not(loaded, p
         Index.load(features).load_encoder()
 
 
-def test_a_fork_with_its_own_projection_gives_only_proj(loaded, pictures):
+def test_a_tower_that_overrides_forward_gives_only_proj_features(loaded, pictures):
     model = CLIP(loaded.model.config)
     model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 128)
     found = picture_features(loaded._replace(model=model), pictures)
@@ -123,7 +123,7 @@ def slow_ranks(image_embeds, text_embeds, image_of):
 
 
 @pytest.mark.parametrize("block, pairs", [((512, 4096), 65_536), ((5, 7), 3), ((1, 1), 1)])
-def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
+def test_ranks_are_positions_in_the_sorted_list_of_scores(block, pairs, monkeypatch):
     monkeypatch.setattr(retrieval, "BLOCK", block)
     monkeypatch.setattr(retrieval, "PAIRS", pairs)
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_a_score_that_grows_with_the_cosine_gives_the_same_ranks(loaded, picture
                 caption_ranks(loaded._replace(model=fork), captions, features)
 
 
-def test_an_image_is_found_by_its_best_caption():
+def test_the_rank_of_an_image_is_the_rank_of_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
     found = retrieval_ranks(images, texts, image_of)
@@ -182,14 +182,14 @@ def test_an_image_is_found_by_its_best_caption():
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
 
 
-def test_if_scores_are_equal_the_first_one_wins():
+def test_the_first_of_two_equal_scores_has_the_better_rank():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
     assert found[0].tolist() == [4, 2, 3, 1]  # rank of each image's first caption
     assert found[1].tolist() == [4, 2, 3, 1, 2]
 
 
-def test_recall_equals_clip_benchmark():
+def test_recall_equals_the_recall_of_clip_benchmark():
     recorded = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())
     for size, theirs in zip(SIZES, recorded, strict=True):
         image_embeds, text_embeds, image_of = embeddings(*size)
@@ -260,13 +260,13 @@ def test_captions_are_read_from_each_format(save, pictures, tmp_path):
         ('{"images": [], "annotations": []}', "no image with a caption"),
     ],
 )
-def test_captions_that_cannot_be_read_are_an_error(tmp_path, content, message):
+def test_a_caption_file_with_wrong_content_is_an_error(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         captioned_images(tmp_path / "x.json")
 
 
-def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
+def test_eval_reports_recall_and_median_rank_for_retrieval(loaded, pictures, tmp_path, capsys):
     data = str(save_karpathy(tmp_path, CAPTIONS | {"4.png": "a bird " * 90}))
     plot = str(tmp_path / "recall.png")
     line = ["eval", data, "--task", "retrieval", "--model", "everyday", "--plot", plot]
@@ -289,7 +289,7 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, capsys):
+def test_eval_counts_repeated_and_unreadable_images_correctly(loaded, pictures, tmp_path, capsys):
     """An image has several captions, an image occurs twice, and a class has no readable image."""
     model, tokenizer, transform = loaded
     (tmp_path / "5.png").write_bytes(Path(pictures[0]).read_bytes())
@@ -354,7 +354,7 @@ def blobs():
 
 
 @pytest.mark.slow
-def test_the_probe_equals_scikit_learns_logistic_regression(blobs):
+def test_the_probe_equals_the_logistic_regression_of_scikit_learn(blobs):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, test = blobs
     assert linear.MOST_STEPS == 1000  # CLIP's paper, appendix A.3
@@ -383,7 +383,7 @@ def test_fit_from_text_minimises_the_documented_loss(blobs):
 
 
 @pytest.mark.parametrize("peak", [-48, -31, 0, 5, 33, 48])
-def test_the_search_finds_the_exponent_of_the_best_strength_to_an_eighth(peak):
+def test_sweep_finds_the_best_strength_among_eight_values_per_power_of_ten(peak):
     tried = []
 
     def accuracy(strength):
@@ -396,7 +396,7 @@ def test_the_search_finds_the_exponent_of_the_best_strength_to_an_eighth(peak):
     assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # equal scores: the largest strength wins
 
 
-def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
+def test_the_probe_validates_on_a_fifth_of_each_class_and_then_fits_all_examples(blobs):
     train, _ = blobs
     sizes = []
 
@@ -409,7 +409,7 @@ def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blob
     assert sizes[-1] == [40, 40, 40]
 
 
-def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
+def test_few_shot_learning_uses_the_given_number_of_examples_of_each_class(blobs):
     train, test = blobs
     test = test.of(torch.arange(5))  # five examples, with the classes 0, 1, 2, 0 and 1
     draws, sizes = {}, set()
@@ -439,7 +439,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["probe", "fewshot"])
-def test_eval_learns_from_examples(task, tmp_path, capsys):
+def test_eval_trains_and_scores_probes_and_few_shot_classifiers(task, tmp_path, capsys):
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 3)):

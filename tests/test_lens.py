@@ -140,7 +140,7 @@ def test_relevance_equals_its_formula(double):
             assert distance(got[b], torch.from_numpy(R[at])) < FLOAT64 * np.abs(R).max()
 
 
-def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
+def test_relevance_of_a_pair_does_not_depend_on_the_rest_of_the_batch(double):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     both = relevance(model, pixels, ids)
@@ -166,7 +166,7 @@ def test_relevance_works_if_the_caller_has_disabled_gradients(double):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_relevance_may_start_at_the_last_block(double):
+def test_relevance_can_start_at_the_last_block(double):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     last = relevance(model, pixels, ids, start=-1)
@@ -183,7 +183,7 @@ def test_relevance_may_start_at_the_last_block(double):
     )
 
 
-def test_a_layer_without_heads_mixes_nothing(double):
+def test_a_layer_without_heads_mixes_no_tokens(double):
     """If all heads of a layer are pruned, its projections have no rows. Its output is a bias."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
@@ -227,7 +227,7 @@ def test_the_parts_sum_to_the_embedding(by, tower, attention):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tower):
+def test_the_parts_with_the_clip_prs_convention_sum_to_the_normalized_embedding(double, tower):
     model, inputs = double
     expected = nn.functional.normalize(encode(model, tower, inputs[tower]), dim=-1)
     for by in ("layer", "head", "token"):
@@ -241,7 +241,7 @@ def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tow
         decompose(model, inputs[tower], convention="prs")
 
 
-def test_absent_contributions_cannot_be_ablated(double):
+def test_ablate_contributions_raises_an_error_for_heads_that_do_not_exist(double):
     model, inputs = double
     parts = decompose(model, inputs["vision"], "head")
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_absent_contributions_cannot_be_ablated(double):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_coarse_parts_are_sums_of_fine_ones(double, tower):
+def test_the_parts_by_head_or_by_token_sum_to_the_parts_by_layer(double, tower):
     model, inputs = double
     by = {by: decompose(model, inputs[tower], by) for by in ("layer", "head", "token")}
     T = inputs[tower].shape[1] if tower == "text" else 26
@@ -274,7 +274,7 @@ def test_coarse_parts_are_sums_of_fine_ones(double, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_removing_a_part_from_the_stream_subtracts_it_from_the_embedding(double, tower):
+def test_removing_a_part_from_the_residual_stream_subtracts_it_from_the_embedding(double, tower):
     """From the residual stream, subtract what a head or a bias wrote. Then apply the last LayerNorm
     with its old scale. This way is slow, and it shares no formula with `decompose`."""
     model, inputs = double
@@ -331,7 +331,7 @@ def test_tokens_after_the_end_token_contribute_nothing(double):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 @pytest.mark.parametrize("by", ["layer", "token"])
-def test_the_parts_of_a_quantised_tower_raise_an_error_that_says_so(by):
+def test_decomposing_a_quantised_tower_into_parts_is_an_error(by):
     """The tower also rounds its activations, so no sum of parts equals the embedding."""
     model = quantize_dynamic(tiny_clip(), {nn.Linear}, torch.qint8)
     pixels, ids = random_inputs(TINY)
@@ -340,7 +340,7 @@ def test_the_parts_of_a_quantised_tower_raise_an_error_that_says_so(by):
             decompose(model, x, by=by)
 
 
-def test_a_tower_without_projection_is_the_sum_of_its_parts(double):
+def test_the_parts_of_a_tower_without_projection_sum_to_its_output(double):
     _, x = double
     tower = miniclip.VisionTower(TINY.vision, None).double().eval()
     with torch.no_grad():
@@ -372,7 +372,7 @@ def test_an_edit_that_is_not_in_the_parts_is_an_error_in_half_precision_too(dtyp
             decompose(model, x)
 
 
-def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
+def test_the_parts_sum_to_the_embedding_if_an_adapter_replaces_a_linear_layer(double):
     class Adapted(nn.Module):
         def __init__(self, linear):
             super().__init__()
@@ -400,7 +400,7 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
 @pytest.mark.parametrize("dtype, count", [
     (torch.float64, 1000), (torch.float32, 1000), (torch.bfloat16, 16), (torch.float16, 16),
 ])  # fmt: skip
-def test_the_sum_of_the_parts_may_differ_from_the_embedding_by_some_rounding_errors(dtype, count):
+def test_check_sum_accepts_only_rounding_errors_in_the_sum_of_the_parts(dtype, count):
     """The limit grows with the sum of absolute values (here 4 + 2), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
@@ -495,7 +495,7 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
-def test_clip_skip_equals_diffusers(clip_skip):
+def test_intermediates_equal_the_hidden_states_that_diffusers_takes_for_clip_skip(clip_skip):
     """diffusers takes hidden_states[-(clip_skip + 1)] and applies the text tower's last norm."""
     ours, theirs = twins(TINY)
     ids = random_inputs(TINY)[1]
@@ -508,7 +508,7 @@ def test_clip_skip_equals_diffusers(clip_skip):
     assert torch.equal(found, expected)
 
 
-def test_intermediates_are_maps_and_prefix_tokens(double):
+def test_intermediates_are_feature_maps_and_prefix_tokens(double):
     model, inputs = double
     x = inputs["vision"]
     with torch.no_grad(), cache(model, "vision.blocks.*") as acts:
@@ -524,7 +524,7 @@ def test_intermediates_are_maps_and_prefix_tokens(double):
                 assert torch.equal(spatial[:, :, row, column], stream[:, 1 + 5 * row + column])
 
 
-def test_intermediates_equal_timms():
+def test_intermediates_equal_the_intermediates_of_timm():
     """record_timm.py recorded the same calls of timm's own ViT, with the same weights."""
     recorded = json.loads(record_timm.PATH.read_text())
     tower, pixels = record_timm.small_tower(), record_timm.waves(1, 3, 12, 8)
@@ -544,7 +544,7 @@ def furthest(found, values):
     return max(map(furthest, found, values))
 
 
-def test_stopping_early_runs_no_block_too_many(double):
+def test_stop_early_runs_no_block_after_the_last_requested_block(double):
     model, inputs = double
     ran = []
     with hooks(model, {"vision.blocks.*": lambda x, name: ran.append(name)}):
@@ -579,7 +579,7 @@ def test_forward_intermediates_refuses_options_that_make_no_sense(double, tower,
 # ------------------------------------------------------------------------------------------ images
 
 
-def test_maps_have_the_patches_row_by_row(double):
+def test_maps_arrange_the_patches_row_by_row(double):
     model, inputs = double
     tokens = torch.arange(26.0).expand(2, 26)
     assert on_grid(model, inputs["vision"], tokens)[1].tolist() == [
@@ -649,7 +649,7 @@ DEFINITIONS = {  # each function returns (B, P); other tests check the other met
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_makes_a_map_for_each_pair(double, method):
+def test_every_method_makes_a_map_for_each_pair_of_image_and_text(double, method):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     maps = METHODS[method](model, pixels, ids)
@@ -663,7 +663,7 @@ def test_every_method_makes_a_map_for_each_pair(double, method):
     assert torch.equal(maps, other) == (method in BLIND)
 
 
-def test_a_heads_map_is_the_attention_of_the_class_token():
+def test_the_map_of_a_head_is_the_attention_of_the_class_token():
     ours, theirs = twins(TINY, attention="eager")
     pixels, _ = random_inputs(TINY)
     with torch.no_grad():
@@ -681,7 +681,7 @@ def shapes():
     return miniclip.load("shapes")
 
 
-def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
+def test_text_maps_and_heatmap_use_the_given_method(shapes, monkeypatch):
     grey, asked = Image.new("RGB", (64, 64), "grey"), []
 
     def method(name):
@@ -709,7 +709,7 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
         text_maps(grey, ["a star", " "], shapes)
 
 
-def test_the_drawn_input_has_the_colours_of_the_image(shapes):
+def test_seen_shows_the_model_input_with_the_colours_of_the_image(shapes):
     """An image that needs no resize is drawn unchanged, even if the transform's mean changes."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
@@ -718,7 +718,7 @@ def test_the_drawn_input_has_the_colours_of_the_image(shapes):
         assert (np.asarray(seen(Image.fromarray(pixels), transform, scale)) == pixels).all()
 
 
-def test_heat_has_the_colours_of_inferno():
+def test_heat_has_the_colours_of_the_inferno_colormap():
     inferno = colormaps["inferno"]
     assert HEAT_COLOURS == tuple(to_hex(inferno(share)) for share in (0.0, 0.5, 1.0))
 
@@ -735,7 +735,7 @@ def test_heat_has_the_colours_of_inferno():
         (-1.0, None, HEAT_COLOURS[0], 90),
     ],
 )
-def test_heat_covers_a_grey_image_and_warmer_heat_covers_it_more(heat, warmest, colour, density):
+def test_heat_covers_a_grey_image_and_warmer_heat_is_more_opaque(heat, warmest, colour, density):
     picture = Image.new("RGB", (16, 16), (40, 90, 200))
     found = np.asarray(overlay(picture, torch.full((2, 2), heat), warmest), float)
     grey = 0.299 * 40 + 0.587 * 90 + 0.114 * 200
@@ -743,7 +743,7 @@ def test_heat_covers_a_grey_image_and_warmer_heat_covers_it_more(heat, warmest, 
     assert abs(found - expected).max() < 3  # of 255
 
 
-def test_a_heatmap_is_warm_where_the_map_is(shapes, monkeypatch):
+def test_a_heatmap_is_warmest_where_the_map_is_largest(shapes, monkeypatch):
     corner = torch.full((1, 8, 8), -1.0)
     corner[0, 1, 6] = 1
     monkeypatch.setitem(METHODS, "corner", lambda *_: corner)
@@ -785,7 +785,7 @@ def test_maps_with_known_answers_have_the_right_scores():
 
 
 @pytest.mark.slow
-def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
+def test_the_score_of_random_weights_is_the_mean_of_five_draws(shapes, monkeypatch):
     """The scores are the mean and standard deviation of five single draws, which all differ."""
     monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
@@ -803,7 +803,7 @@ def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
 
 
 @pytest.mark.slow
-def test_maps_are_scored_in_evaluation_mode(monkeypatch):
+def test_localise_scores_maps_with_the_model_in_evaluation_mode(monkeypatch):
     loaded, training = miniclip.load("shapes"), []
 
     def method(model, pixels, ids):
@@ -817,9 +817,10 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 
 
 @pytest.mark.slow
-def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
-    """If a method reads the text, its maximum is on the named object more often than on the
-    other one, and its IoU is better than chance. Other methods hit both objects equally often."""
+def test_methods_that_use_the_text_find_the_object_named_in_the_text(shapes, monkeypatch):
+    """If a method uses the text, its maximum is on the named object more often than on the
+    unnamed object, and its IoU is better than chance. A method that ignores the text hits the two
+    objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

@@ -81,7 +81,7 @@ each in ten lines, and compares each with its paper
 compares our versions with the authors' code
     originals: decompose_equals_clip_prs
 a larger example, SigLIP in one file
-    subclasses: siglip_equals_transformers
+    subclasses: siglip_gives_the_outputs_of_transformers
 lists all tensors that are missing, unexpected or misshapen
     checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
 warning lists the other tensors

@@ -91,7 +91,7 @@ def test_sdpa_changes_its_rounding_only_if_scores_or_pattern_are_read():
             assert torch.equal(watched, expected), name
 
 
-def test_an_edit_at_every_site_reaches_the_output(tiny):
+def test_an_edit_at_any_site_changes_the_output(tiny):
     model, inputs = tiny
     expected = logits(model, inputs)
     generator = torch.Generator().manual_seed(1)
@@ -117,7 +117,7 @@ def test_zeroing_a_head_at_z_equals_zeroing_its_columns_of_out_proj(tiny):
         assert (edited - model.encode_image(pixels)).abs().max() < FLOAT64
 
 
-def test_functions_run_in_the_given_order(tiny):
+def test_hook_functions_run_in_the_given_order(tiny):
     model, inputs = tiny
     seen = []
     name = "text.blocks.0"
@@ -142,14 +142,14 @@ def test_an_edit_in_place_is_an_error(tiny, mode, returns):
             model(*inputs)
 
 
-def test_reading_a_nan_is_not_an_edit(tiny):
+def test_a_nan_in_a_tensor_is_not_mistaken_for_an_edit(tiny):
     model, (pixels, ids) = tiny
     pixels[:] = torch.nan
     with torch.inference_mode(), hooks(model, {"vision.blocks.*": nothing}):
         model(pixels, ids)
 
 
-def test_a_hook_must_see_and_return_a_tensor(tiny):
+def test_a_hook_must_receive_and_return_a_tensor(tiny):
     model, inputs = tiny
     with pytest.raises(ValueError, match="text.proj: the hook returned a float"):
         with hooks(model, {"text.proj": lambda x, name: x.sum().item()}):
@@ -172,7 +172,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("edit", OTHERS)
 @pytest.mark.parametrize("name", ["attn.z", "attn.scores", "mlp", "resid_mid"])
-def test_a_hook_that_returns_another_kind_of_tensor_is_an_error_at_its_site(tiny, edit, name):
+def test_a_hook_that_returns_a_different_shape_dtype_or_device_is_an_error(tiny, edit, name):
     model, inputs = tiny
     site = f"vision.blocks.1.{name}"
     with hooks(model, {site: OTHERS[edit]}):
@@ -183,7 +183,7 @@ def test_a_hook_that_returns_another_kind_of_tensor_is_an_error_at_its_site(tiny
             model(*inputs)
 
 
-def test_under_autocast_a_hook_may_return_another_dtype(tiny):
+def test_a_hook_can_return_a_different_dtype_under_autocast(tiny):
     model, (pixels, _) = tiny
     with torch.autocast("cpu", torch.bfloat16):
         with hooks(model, {"vision.blocks.0.mlp": lambda x, _: x.float()}):
@@ -197,7 +197,7 @@ def test_under_autocast_a_hook_may_return_another_dtype(tiny):
     lambda m, x: logit_lens(m, x),
     lambda m, x: decompose(m, x),
 ])  # fmt: skip
-def test_a_shared_module_is_an_error(tiny, look):
+def test_a_hook_on_a_shared_module_is_an_error(tiny, look):
     model, (pixels, _) = tiny
     blocks = model.vision.blocks
     blocks[1] = blocks[0]
@@ -213,7 +213,7 @@ def test_a_shared_module_is_an_error(tiny, look):
 
 
 @torch.no_grad()
-def test_inputs_and_the_steps_of_a_layer_norm_are_right():
+def test_the_input_scale_and_normalized_values_of_a_layer_norm_are_right():
     ours, theirs = twins(TINY, attention="eager")
     pixels, ids = random_inputs(TINY)
     expected = logits(ours, (pixels, ids))
@@ -245,7 +245,7 @@ def test_inputs_and_the_steps_of_a_layer_norm_are_right():
 
 @torch.no_grad()
 @pytest.mark.parametrize("affine", [True, False, "no bias"])
-def test_an_edit_of_a_step_changes_the_next_step(affine):
+def test_an_edit_of_a_step_inside_a_layer_norm_changes_the_next_step(affine):
     norm = nn.LayerNorm(6, elementwise_affine=bool(affine), bias=affine is True).double()
     for parameter in norm.parameters():
         parameter.normal_()
@@ -267,7 +267,7 @@ def test_an_edit_of_a_step_changes_the_next_step(affine):
     assert torch.equal(model(x), norm(x)) and not norm._forward_hooks
 
 
-def test_gradients_at_the_steps_of_a_layer_norm_equal_finite_differences(tiny):
+def test_gradients_inside_a_layer_norm_equal_finite_differences(tiny):
     model, (pixels, _) = tiny
     model, pixels = model.double().requires_grad_(False), pixels.double()
     names = [f"vision.ln_pre.{part}" for part in PARTS]
@@ -285,7 +285,7 @@ def test_gradients_at_the_steps_of_a_layer_norm_equal_finite_differences(tiny):
 
 
 @torch.no_grad()
-def test_an_input_may_be_passed_by_keyword_or_with_a_second_input():
+def test_a_hooked_input_can_be_passed_by_keyword_or_with_a_second_input():
     class Sum(nn.Module):
         def forward(self, x, y=0):
             return x - y
@@ -303,7 +303,7 @@ def test_an_input_may_be_passed_by_keyword_or_with_a_second_input():
 
 
 @torch.no_grad()
-def test_a_residual_stream_may_get_more_tokens_at_its_input(tiny):
+def test_a_hook_on_the_input_of_a_block_can_add_more_tokens(tiny):
     model, (pixels, _) = tiny
     twice = lambda x, _: torch.cat([x, x], 1)  # noqa: E731
     for name in ("vision.ln_pre.input", "vision.blocks.1.input"):
@@ -315,7 +315,7 @@ def test_a_residual_stream_may_get_more_tokens_at_its_input(tiny):
             model.encode_image(pixels)
 
 
-def test_only_a_layer_norm_has_a_scale_and_a_child_may_be_named_input(tiny):
+def test_only_a_layer_norm_has_a_scale_site_and_a_child_can_be_named_input(tiny):
     model, _ = tiny
     with pytest.raises(ValueError, match=r"'vision.blocks.0.mlp.scale'.*nearest.*ln_2.scale"):
         with cache(model, "vision.blocks.0.mlp.scale"):
@@ -338,7 +338,7 @@ def test_only_a_layer_norm_has_a_scale_and_a_child_may_be_named_input(tiny):
 
 
 @torch.no_grad()
-def test_in_half_precision_the_steps_are_float32():
+def test_the_scale_of_a_half_precision_layer_norm_is_float32():
     norm = nn.LayerNorm(6).half()
     model, x = (
         nn.Sequential(norm),
@@ -369,7 +369,7 @@ def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_its_pruning(tiny):
 # -------------------------------------------------------------------------- what hooks leave behind
 
 
-def test_a_block_removes_only_its_own_hooks(tiny):
+def test_a_with_statement_removes_only_its_own_hooks(tiny):
     model, inputs = tiny
     calls = []
     block = model.vision.blocks[0]
@@ -389,7 +389,7 @@ def test_a_block_removes_only_its_own_hooks(tiny):
     mine.remove()
 
 
-def test_a_pattern_without_a_match_leaves_nothing_behind(tiny):
+def test_a_name_pattern_without_a_match_is_an_error_and_adds_no_hook(tiny):
     model, _ = tiny
     before = handles(model)
     with pytest.raises(ValueError, match=r"'vision.blocks.7.attn.z'.*nearest.*vision.blocks.\d"):
@@ -474,7 +474,7 @@ def test_unused_sites_add_no_operation_and_change_no_bit():
     assert with_sites.names == without.names and len(without.names) > 50
 
 
-def test_unused_sites_leave_nothing_in_a_graph(shallow):
+def test_unused_sites_add_nothing_to_an_exported_graph(shallow):
     model, (pixels, _) = shallow
     model.set_attention("sdpa")
     graphs = [
@@ -497,7 +497,7 @@ def test_a_star_matches_one_part_of_a_name(tiny):
     assert not matches("vision.blocks.1.LN_1", "vision.blocks.*.ln_1")
 
 
-def test_a_bare_tower_and_any_other_module_can_be_read(tiny):
+def test_cache_works_on_a_single_tower_and_on_any_other_module(tiny):
     model, (pixels, _) = tiny
     with cache(model.vision, "blocks.*.attn.z") as acts:
         model.vision(pixels)
@@ -507,7 +507,7 @@ def test_a_bare_tower_and_any_other_module_can_be_read(tiny):
     assert acts == {}
 
 
-def test_names_of_transformer_lens_are_known(tiny):
+def test_site_translates_the_names_of_transformer_lens(tiny):
     model, _ = tiny
     assert site("attn_scores", tower="vision", layer=2) == "vision.blocks.2.attn.scores"
     assert site("resid_post", tower="text", layer=1) == "text.blocks.1"
@@ -567,7 +567,7 @@ def test_the_sites_of_a_block_can_be_computed_from_each_other(tiny):
             assert torch.equal(out, F.linear(post, fc2.weight, fc2.bias))
 
 
-def test_patterns_and_streams_equal_transformers():
+def test_attention_patterns_and_residual_streams_equal_those_of_transformers():
     """The test is in float32, because transformers' eager softmax is always float32."""
     ours, theirs = twins(TINY, attention="eager")
     pixels, ids = random_inputs(TINY)
@@ -656,7 +656,7 @@ def test_gradients_at_a_site_equal_finite_differences(tiny):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, "blocks"])
-def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
+def test_a_wrapped_model_has_the_same_site_names(tiny, wrap):
     model, inputs = tiny
     expected = [name for name, _ in find(model, "*.blocks.*.attn.*")]
     if wrap == "blocks":
@@ -689,7 +689,7 @@ def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
     assert len(acts) == 3 and "torch._dynamo" not in sys.modules
 
 
-def test_a_hook_in_a_graph_that_is_traced_is_an_error(shallow):
+def test_tracing_a_model_with_hooks_is_an_error(shallow):
     model, (pixels, _) = shallow
     with hooks(model, {"vision.blocks.0.attn.z": nothing}):
         with pytest.raises(Exception, match="vision.blocks.0.attn.z: is hooked; compile or export"):
@@ -728,7 +728,7 @@ def test_hooks_of_a_compiled_model_run(shallow, how):
 
 
 @pytest.mark.slow
-def test_blocks_may_overlap_and_end_in_any_order(shallow):
+def test_with_statements_of_hooks_can_overlap_and_end_in_any_order(shallow):
     """Compiled models run uncompiled until the last `with` block ends."""
     model, runs = shallow[0], []
     compiled = torch.compile(

@@ -106,7 +106,7 @@ def assert_near(ours, theirs, float32=0.0):
 @pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
-def test_siglip_equals_transformers(dtype, tmp_path):
+def test_siglip_gives_the_outputs_of_transformers(dtype, tmp_path):
     config = their_config(transformers.SiglipConfig)
     theirs = saved(transformers.SiglipModel(config), tmp_path, dtype)
     ours = Siglip.from_pretrained(tmp_path, dtype=dtype)
@@ -121,7 +121,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
 @pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
-def test_clipseg_equals_transformers(dtype, tmp_path):
+def test_clipseg_gives_the_outputs_of_transformers(dtype, tmp_path):
     config = their_config(transformers.CLIPSegConfig, **DECODER)
     theirs = saved(transformers.CLIPSegForImageSegmentation(config), tmp_path, dtype)
     ours = CLIPSeg.from_pretrained(tmp_path, dtype=dtype)
@@ -133,7 +133,7 @@ def test_clipseg_equals_transformers(dtype, tmp_path):
 
 
 @torch.no_grad()
-def test_clipseg_reads_larger_images_as_transformers_does(tmp_path):
+def test_clipseg_gives_the_outputs_of_transformers_for_larger_images(tmp_path):
     config = their_config(transformers.CLIPSegConfig, **DECODER)
     theirs = saved(transformers.CLIPSegForImageSegmentation(config), tmp_path, torch.float32)
     larger = surgery.resize_image(CLIPSeg.from_pretrained(tmp_path), 48)
@@ -146,7 +146,7 @@ def test_clipseg_reads_larger_images_as_transformers_does(tmp_path):
 @pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
-def test_owlvit_equals_transformers(dtype, tmp_path):
+def test_owlvit_gives_the_outputs_of_transformers(dtype, tmp_path):
     config = their_config(transformers.OwlViTConfig, projection_dim=24)
     theirs = saved(transformers.OwlViTForObjectDetection(config), tmp_path, dtype)
     ours = OwlViT.from_pretrained(tmp_path, dtype=dtype)
@@ -170,7 +170,9 @@ def test_owlvit_equals_transformers(dtype, tmp_path):
     ],
 )  # fmt: skip
 @torch.no_grad()
-def test_transformers_loads_what_a_fork_saves(kind, theirs, config, fields, tmp_path):
+def test_transformers_loads_a_checkpoint_that_a_fork_has_saved(
+    kind, theirs, config, fields, tmp_path
+):
     original = saved(theirs(their_config(config, **fields)), tmp_path / "theirs", torch.float32)
     kind.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     again = theirs.from_pretrained(tmp_path / "ours", dtype=torch.float32)
@@ -193,7 +195,9 @@ def test_transformers_loads_what_a_fork_saves(kind, theirs, config, fields, tmp_
     ],
 )
 @torch.no_grad()
-def test_cache_reads_what_transformers_computes(kind, theirs, config, fields, tmp_path):
+def test_cache_returns_the_residual_stream_that_transformers_computes(
+    kind, theirs, config, fields, tmp_path
+):
     """The test compares the residual stream after each block, also in the decoder."""
     theirs = saved(theirs(their_config(config, **fields)), tmp_path, torch.float64)
     ours = kind.from_pretrained(tmp_path, dtype=torch.float64)
@@ -213,7 +217,7 @@ def test_cache_reads_what_transformers_computes(kind, theirs, config, fields, tm
 
 
 @torch.no_grad()
-def test_the_block_of_eva02_equals_timm():
+def test_the_block_of_eva02_gives_the_output_of_timm():
     rows, columns = GRID
     config = VisionConfig(
         width=WIDTH, layers=1, heads=HEADS, mlp_width=MLP_WIDTH, patch_size=4,
@@ -511,7 +515,7 @@ def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_p
         GatedCLIP.from_pretrained(tmp_path / "plain")
 
 
-def test_saving_clip_with_the_users_own_part_is_an_error(tmp_path, monkeypatch):
+def test_saving_clip_is_an_error_if_the_user_has_replaced_a_module_class(tmp_path, monkeypatch):
     """A new process would load the files with miniclip's parts."""
     own = type("SquareMLP", (MLP,), {"forward": lambda mlp, x: mlp.fc2(mlp.fc1(x) ** 2)})
     monkeypatch.setattr(Block, "mlp_class", own)
@@ -531,7 +535,7 @@ class BufferAttention(RopeAttention):
         return q * self.speeds, k, v
 
 
-def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
+def test_loading_a_fork_computes_a_buffer_that_is_not_in_the_file(tmp_path):
     saved_and_loaded(redraw(clip_of(BufferAttention)(TINY)).double(), tmp_path)
 
 
@@ -566,7 +570,7 @@ class NormCLIP(CLIP):
 
 
 @torch.no_grad()
-def test_a_buffer_of_whole_numbers_is_saved_and_loaded(tmp_path):
+def test_an_integer_buffer_is_saved_and_loaded(tmp_path):
     model = redraw(NormCLIP(TINY)).double()
     model.vision.norm.num_batches_tracked.fill_(7)
     again = saved_and_loaded(model, tmp_path)
@@ -597,7 +601,7 @@ class DoubledCLIP(CLIP):
 
 
 @torch.no_grad()
-def test_a_forks_own_names_are_not_taken_for_wrapper_prefixes(tmp_path):
+def test_a_submodule_named_module_is_not_mistaken_for_a_wrapper(tmp_path):
     model = redraw(DoubledCLIP(TINY)).double()
     saved_and_loaded(model, tmp_path)
     torch.save(model.state_dict(), tmp_path / "ours.pt")
@@ -605,7 +609,7 @@ def test_a_forks_own_names_are_not_taken_for_wrapper_prefixes(tmp_path):
     assert torch.equal(again.text.pos_embed, model.text.pos_embed)
 
 
-def test_two_parameters_with_one_place_in_a_file_are_not_saved(tmp_path):
+def test_two_parameters_with_the_same_tensor_name_are_an_error_on_save(tmp_path):
     class GatesVision(VisionTower):
         def __init__(self, config, embed_dim):
             super().__init__(config, embed_dim)
@@ -641,7 +645,7 @@ class NumberVision(VisionTower):
 
 @torch.no_grad()
 @pytest.mark.parametrize("vision", [AttributeVision, NumberVision])
-def test_a_constructor_may_read_a_tensor_or_keep_it_as_an_attribute(vision, tmp_path):
+def test_a_constructor_can_read_a_tensor_or_store_it_as_an_attribute(vision, tmp_path):
     """The meta device has no values for these tensors, so the model is built on the CPU."""
     kind = type("TensorCLIP", (CLIP,), {"vision_class": vision})
     saved_and_loaded(redraw(kind(TINY).double()), tmp_path)
@@ -652,7 +656,7 @@ def test_a_constructor_may_read_a_tensor_or_keep_it_as_an_attribute(vision, tmp_
 
 
 @torch.no_grad()
-def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
+def test_instruments_give_right_results_on_a_fork_or_raise_an_error(model):
     pixels, ids = some(model.config)
     vision, embeds = model.vision, model.encode_image(pixels)
     (B, E), done = embeds.shape, set()
@@ -784,7 +788,7 @@ class OwnForward(VisionTower):
     (clip_of(RopeAttention), "Attention.qkv"),
     (clip_of(OpaqueAttention), "Attention.forward"),
 ])  # fmt: skip
-def test_adding_tokens_to_an_image_is_an_error_if_a_fork_may_read_them(kind, method):
+def test_adding_registers_is_an_error_if_a_fork_overrides_forward_pool_or_attention(kind, method):
     fork = kind(TINY)
     with pytest.raises(ValueError, match=f"add_registers cannot follow .*, .* {method}"):
         surgery.add_registers(fork, 2)
@@ -811,7 +815,7 @@ class ScaledText(CLIP):
         return 2 * super().encode_text(ids, normalize)
 
 
-def test_prompt_vectors_are_an_error_if_a_fork_encodes_texts_in_its_own_way():
+def test_encode_prompts_raises_an_error_if_a_fork_overrides_encode_text():
     fork, vectors, eos = ScaledText(TINY), torch.zeros(1, 5, 40), torch.tensor([4])
     with pytest.raises(ValueError, match="ScaledText has its own encode_text"):
         surgery.encode_prompts(fork, vectors, eos)
@@ -823,21 +827,21 @@ def test_prompt_vectors_are_an_error_if_a_fork_encodes_texts_in_its_own_way():
     (HiddenNumberBlock, "_share is 1, expected 0"),
     (ClosedNumberBlock, "weigh is <function ClosedNumberBlock"),
 ])  # fmt: skip
-def test_layers_that_depend_on_their_number_cannot_be_reordered(block, words):
+def test_layers_that_depend_on_their_index_cannot_be_renumbered(block, words):
     model = redraw(clip_of(block=block)(TINY)).double()
     surgery.keep_layers(model, "vision", [0, 1])
     with pytest.raises(ValueError, match=f"cannot follow OwnCLIP: .*vision.blocks.0.{words}"):
         surgery.keep_layers(model, "vision", [1, 2])
 
 
-def test_models_of_different_classes_are_not_averaged():
+def test_averaging_models_of_different_classes_is_an_error():
     for one, other in ((MeanCLIP, CLIP), (CLIP, MeanCLIP)):
         with pytest.raises(ValueError, match="the model is .*CLIP, expected .*CLIP"):
             surgery.average([one(TINY), other(TINY)])
 
 
 @torch.no_grad()
-def test_heads_of_a_fork_are_ablated_or_an_error_names_the_attention(model):
+def test_ablate_heads_works_on_a_fork_or_raises_an_error(model):
     pixels, _ = some(model.config)
     with surgery.ablate_heads(model, "vision", {0: [0]}):
         silent = or_refuses(model.encode_image, pixels)
@@ -847,7 +851,7 @@ def test_heads_of_a_fork_are_ablated_or_an_error_names_the_attention(model):
         assert (silent - model.encode_image(pixels)).abs().max() > 1e-3
 
 
-def test_relevance_of_a_fork_is_right_or_an_error(model):
+def test_relevance_works_on_a_fork_or_raises_an_error(model):
     pixels, ids = some(model.config)
     pixels, ids = pixels[:2], ids[:2]
     found = or_refuses(lens.relevance, model, pixels, ids)
@@ -858,7 +862,7 @@ def test_relevance_of_a_fork_is_right_or_an_error(model):
     assert (found is None) == is_other
 
 
-def test_grad_cam_of_a_fork_is_right_or_an_error(model):
+def test_grad_cam_is_right_on_a_fork_or_raises_an_error(model):
     pixels, ids = some(model.config)
     heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
     assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
@@ -882,7 +886,7 @@ def test_occlusion_is_right_on_every_fork(model):
     assert_near(heat[0, 0, 0], lost[0] - lost[1])
 
 
-def test_patches_are_dropped_only_if_they_keep_their_positions(model):
+def test_patch_dropout_raises_an_error_if_a_fork_overrides_attention_or_embed_tokens(model):
     pixels, _ = some(model.config)
     parts = type(model.vision.blocks[0].attn), type(model.vision).embed_tokens
     is_plain = parts == (Attention, VisionTower.embed_tokens)
@@ -891,13 +895,13 @@ def test_patches_are_dropped_only_if_they_keep_their_positions(model):
         model.encode_image(pixels)
 
 
-def test_a_fork_agrees_with_itself_and_has_no_twin_in_transformers(model):
+def test_a_fork_equals_its_copy_and_has_no_twin_in_transformers(model):
     assert compare(model, copy.deepcopy(model)).first is None
     with pytest.raises(ValueError, match=type(model).__name__):
         transformers_twin(model)
 
 
-def test_parity_finds_where_a_fork_differs_from_clip():
+def test_compare_finds_where_a_fork_first_differs_from_clip():
     fork = redraw(MeanCLIP(TINY))
     plain = CLIP(TINY).eval()
     plain.load_state_dict(fork.state_dict())
@@ -949,7 +953,7 @@ MIXED += [clip_of(block=type("MixedBlock", (Block,), {"mlp_class": MixedMLP}))]
 
 @pytest.mark.parametrize("kind", [EACH["no causal mask"], Siglip, CLIP, GatedCLIP, *MIXED])
 @torch.no_grad()
-def test_a_texts_embedding_does_not_depend_on_other_texts(kind, tokenizer):
+def test_the_embedding_of_a_text_does_not_depend_on_other_texts(kind, tokenizer):
     model = fork_for(kind, tokenizer)
     together = embed_texts(model, tokenizer, WORDS)
     alone = torch.cat([embed_texts(model, tokenizer, [word]) for word in WORDS])
@@ -967,7 +971,7 @@ def test_texts_need_no_padding_while_blocks_are_recomputed(tokenizer):
 
 
 @torch.no_grad()
-def test_a_classifier_gives_the_logits_of_the_fork(tokenizer):
+def test_a_zero_shot_classifier_gives_the_logits_of_a_fork(tokenizer):
     model = fork_for(Siglip, tokenizer)
     classifier = miniclip.ZeroShotClassifier(model, tokenizer, WORDS, ["{}"])
     pixels = torch.rand(2, 3, 40, 40)
@@ -975,7 +979,7 @@ def test_a_classifier_gives_the_logits_of_the_fork(tokenizer):
     assert (classifier(pixels) - expected).abs().max() < 1e-4
 
 
-def test_an_index_knows_the_class_that_made_it(tokenizer, tmp_path):
+def test_an_index_raises_an_error_for_a_model_of_a_different_class(tokenizer, tmp_path):
     fork = fork_for(MeanCLIP, tokenizer)
     plain = CLIP(fork.config).eval()
     plain.load_state_dict(fork.state_dict())
@@ -1012,7 +1016,7 @@ def losses(out):
 @pytest.mark.slow
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
+def test_siglip_trains_with_the_sigmoid_loss(chunk, tokenizer, tmp_path):
     transform = ImageTransform(40)
     data = open_data(pictures(tmp_path), transform)
     model = fork_for(Siglip, tokenizer)
@@ -1033,7 +1037,7 @@ def model_bias(tokenizer):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
-def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
+def test_train_uses_the_loss_of_the_paper_by_default(kind, tokenizer, tmp_path):
     """Training with the paper's loss as an argument gives the same weights as the default loss."""
 
     def same(model, image_embeds, text_embeds, is_true):
@@ -1053,7 +1057,7 @@ def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
         assert torch.equal(one, other), name
 
 
-def test_a_fork_with_its_own_score_needs_a_loss_that_calls_it(tokenizer, tmp_path):
+def test_a_fork_that_overrides_score_needs_a_loss_that_calls_score(tokenizer, tmp_path):
     """The recipe's losses would train neither the score nor its parameters."""
     transform = ImageTransform(40)
     data = open_data(pictures(tmp_path), transform)
@@ -1064,7 +1068,7 @@ def test_a_fork_with_its_own_score_needs_a_loss_that_calls_it(tokenizer, tmp_pat
             train(model, tokenizer, transform, data, recipe, tmp_path / "out")
 
 
-def test_a_run_of_one_class_is_not_continued_by_another(tokenizer, tmp_path):
+def test_a_model_of_a_different_class_cannot_continue_a_run(tokenizer, tmp_path):
     transform = ImageTransform(40)
     data = open_data(pictures(tmp_path), transform)
 

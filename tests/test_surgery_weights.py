@@ -116,7 +116,7 @@ def test_a_task_vector_between_float32_models_is_exact():
     lambda a, b: TaskVector.between(a, a).apply(b),
     lambda a, b: TaskVector.between(a, a) + TaskVector.between(b, b),
 ])  # fmt: skip
-def test_models_of_different_shapes_have_no_mean(combine):
+def test_combining_models_of_different_shapes_is_an_error(combine):
     model = three()[0]
     for other in (keep_layers(model, "text", [0]), resize_image(model, 64)):
         with pytest.raises(ValueError, match="differ in the names or shapes of .* tensors"):
@@ -154,7 +154,7 @@ COMBINE = [
     (tied, "differ in more than their weights: parameters that are shared"),
     (lambda m: fork_of(m, "resid_mid(x +", "resid_mid(2 * x +"), r"model is \S+.CLIP, expected"),
 ])  # fmt: skip
-def test_models_that_differ_in_more_than_weights_have_no_mean(combine, change, words):
+def test_combining_models_that_differ_in_more_than_weights_is_an_error(combine, change, words):
     with pytest.raises(ValueError, match=words):
         combine(tiny_clip(), change(tiny_clip(seed=1)))
     if change is not gelu:
@@ -179,7 +179,7 @@ def test_combining_models_is_an_error_if_their_configs_do_not_describe_them(comb
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 
 
-def test_the_mean_of_merged_models_is_the_mean_of_their_weights():
+def test_the_mean_of_merged_lora_models_is_the_mean_of_their_weights():
     models = [merge_lora(adapted(seed=seed)[1]) for seed in (1, 2)]
     weights = [model.get_submodule(NAMES[0]).weight for model in models]
     found = average(models).get_submodule(NAMES[0]).weight
@@ -205,7 +205,7 @@ def test_the_mean_of_no_models_is_an_error():
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_groups_hold_every_parameter_once_in_order_from_input_to_output(tower):
+def test_layer_groups_hold_every_parameter_once_in_order_from_input_to_output(tower):
     part = getattr(three()[0], tower)
     groups = layer_groups(part)
     names = {id(p): name for name, p in part.named_parameters()}
@@ -222,7 +222,7 @@ def test_groups_hold_every_parameter_once_in_order_from_input_to_output(tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_frozen_groups_get_no_gradients_and_others_do(tower):
+def test_only_groups_that_are_not_frozen_get_gradients(tower):
     model = three()[0]
     part = getattr(model, tower)
     pixels, ids = random_inputs(TINY)
@@ -262,7 +262,7 @@ def low_rank(model, name):
     return model.get_submodule(name).parametrizations.weight[0]
 
 
-def test_lora_starts_bit_for_bit_equal_to_the_base():
+def test_a_new_lora_model_equals_its_base_model_bit_for_bit():
     base = tiny_clip()
     model = add_lora(base)
     assert torch.equal(logits(model), logits(base))
@@ -299,7 +299,7 @@ def test_lora_equals_its_formula(dtype, tolerance):
     assert type(model.get_submodule(untouched)) is nn.Linear
 
 
-def test_only_a_and_b_learn_and_the_base_never_moves():
+def test_training_changes_the_lora_matrices_a_and_b_and_no_base_weight():
     base, model = adapted(torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -318,7 +318,7 @@ def test_only_a_and_b_learn_and_the_base_never_moves():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_unmerging_restores_the_model_bit_for_bit(dtype):
+def test_unmerging_lora_restores_the_model_bit_for_bit(dtype):
     base, model = adapted(dtype)
     merged = merge_lora(model)
     assert torch.equal(logits(merged), logits(model))
@@ -335,7 +335,7 @@ def test_unmerging_restores_the_model_bit_for_bit(dtype):
         assert torch.equal(original, base.get_submodule(name).weight)
 
 
-def test_subtracting_what_was_added_would_not_restore_the_weight():
+def test_subtracting_the_lora_update_does_not_restore_the_weight_exactly():
     """`merge_lora` keeps the old weight. Subtracting LoRA's update would leave a rounding error."""
     base, model = adapted(torch.float32)
     weight, lora = base.get_submodule(NAMES[0]).weight, low_rank(model, NAMES[0])
@@ -343,7 +343,7 @@ def test_subtracting_what_was_added_would_not_restore_the_weight():
     assert not torch.equal(weight + delta - delta, weight)
 
 
-def test_a_merged_model_is_saved_and_transformers_loads_it(tmp_path):
+def test_transformers_loads_a_saved_model_with_merged_lora(tmp_path):
     _, model = adapted()
     with pytest.raises(ValueError, match="not saved"):
         model.save_pretrained(tmp_path)
@@ -384,7 +384,7 @@ def test_lora_composes_with_other_surgery():
     (lambda m: unmerge_lora(m), "no Linear here has LoRA"),
     (lambda m: unmerge_lora(add_lora(m)), "no Linear here has LoRA"),
 ])  # fmt: skip
-def test_impossible_surgery_is_an_error(call, words):
+def test_impossible_lora_surgery_is_an_error(call, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         call(tiny_clip())
 
@@ -399,7 +399,7 @@ def peft_config(peft):
     return peft.LoraConfig(r=3, lora_alpha=5, target_modules="|".join(suffixes))
 
 
-def test_peft_gives_the_same_numbers_on_the_same_modules(peft):
+def test_peft_gives_the_same_logits_on_the_same_modules(peft):
     base, model = adapted()
     theirs = peft.get_peft_model(copy.deepcopy(base), peft_config(peft)).eval()
     inner = theirs.base_model.model
@@ -423,7 +423,7 @@ def logits_of(theirs):
         return theirs(pixels.double(), ids).logits_per_image
 
 
-def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
+def test_peft_trains_merges_and_unloads_a_miniclip_model(peft, tmp_path):
     base = tiny_clip(torch.float64)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft_config(peft))
     trained = [n for n, p in theirs.named_parameters() if p.requires_grad]
@@ -441,7 +441,7 @@ def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
     assert_same_weights(CLIP.from_pretrained(tmp_path, dtype=torch.float64), merged)
 
 
-def test_models_of_the_same_seed_are_equal():
+def test_models_with_the_same_seed_are_equal():
     """Other tests make a second model from the same seed, to see whether the first has changed."""
     one, other = three()[0], three()[0]
     assert_same_weights(one, other)

@@ -943,13 +943,13 @@ SLIPS = [
         "With one image per class, four images per class choose the L2 strength.",
         "rows[k : k + min(k, 4)]",
         "rows[k : k + 4]",
-        f"{EVALUATION} -k few_shots_learn",
+        f"{EVALUATION} -k few_shot_learning",
     ),
     Slip(
         "The spread over few-shot draws is divided by n, not by n - 1.",
         '"std": stdev(accuracies)}',
         '"std": stdev(accuracies) * (1 - 1 / len(accuracies)) ** 0.5}',
-        f"{EVALUATION} -k few_shots_learn",
+        f"{EVALUATION} -k few_shot_learning",
     ),
     Slip(
         "A probe stops after 100 steps.",

@@ -859,13 +859,13 @@ SLIPS = [
         "Private numbers of a fork's blocks are not compared.",
         '(name[0] != "_" or isinstance(value, int | float | str))',
         'name[0] != "_"',
-        "tests/test_subclasses.py -k depend_on_their_number",
+        "tests/test_subclasses.py -k depend_on_their_index",
     ),
     Slip(
         "Numbers in the closures of a fork's blocks are not compared.",
         "cells = [cell.cell_contents for cell in",
         "cells = [0 for cell in",
-        "tests/test_subclasses.py -k depend_on_their_number",
+        "tests/test_subclasses.py -k depend_on_their_index",
     ),
     Slip(
         "The tensor names in a file include the names of wrappers.",

@@ -434,19 +434,19 @@ SITES = [
         "A hook may return something other than a tensor.",
         "if edited is not None and _kind(edited, name) != _kind(tensor, name):",
         "if False:",
-        "tests/test_sites.py -k 'see_and_return or another_kind'",
+        "tests/test_sites.py -k 'receive_and_return or different_shape'",
     ),
     Slip(
         "A hook may drop tokens at every site.",
         'if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):',
         "if x.ndim == 3:",
-        "tests/test_sites.py -k another_kind",
+        "tests/test_sites.py -k different_shape",
     ),
     Slip(
         "A hook may not drop tokens of the residual stream.",
         'if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):',
         "if False:",
-        "tests/test_sites.py -k another_kind",
+        "tests/test_sites.py -k different_shape",
     ),
     Slip(
         "Under autocast a hook may not change the dtype.",
@@ -464,7 +464,7 @@ SITES = [
         "A hook is traced into a compiled or exported graph.",
         "if torch.compiler.is_compiling() or torch.jit.is_tracing():",
         "if False:",
-        "tests/test_sites.py -k traced",
+        "tests/test_sites.py -k tracing",
     ),
     Slip(
         "`hooks` imports torch's compiler if it is not loaded.",
