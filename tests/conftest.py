@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["plant_slips.py", "slips"]  # run by hand
 
 
-# Environment variables that change a command's output, the download folder, or training.
+# The tests remove these environment variables. Otherwise they would change a command's output, the
+# download folder, or training.
 DROPPED_PREFIXES = ("hf_", "huggingface_", "transformers_", "tqdm_")
 DROPPED = {
     *("columns", "force_color", "python_colors", "pythonwarnings", "rank"),
@@ -35,9 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
             patch.delenv(name)
     patch.setenv("COLUMNS", "80")
     patch.setenv("HF_HOME", home.name)  # an empty folder, so no test uses a user's downloads
-    # A killed run leaves broken files in the cache of torch's compiler.
+    # Use a new cache for torch's compiler, because a killed run leaves broken files in its cache.
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{home.name}/torchinductor_")
-    # The shapes are tiny, so more threads of torch would only wait for each other.
+    # One thread is fastest for tiny shapes.
     patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)

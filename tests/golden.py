@@ -168,7 +168,8 @@ def find_or_draw_picture(text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# Each measure takes (sides, entry, picture). `sides(name)` loads a checkpoint with one library.
+# Each function of (sides, entry, picture) computes the values of one entry. `sides(name)` loads a
+# checkpoint with one of the two libraries.
 
 
 def probabilities(logits):
@@ -278,7 +279,7 @@ def torchmultimodal_means(sides, entry, picture):
     means = {}
     for key, name in (("B/16", B16), ("B/32", B32), ("L/14", L14)):
         side = sides(name)
-        # The text has no end token. OpenAI's code pools a text at its largest id.
+        # These random ids contain no end token. As in OpenAI's code, pool them at the largest id.
         text = side.project(at_largest_id(side.text_states(ids), ids))
         means[key] = [unit_norm(x).mean() for x in (side.image(pixels), text)]
     return means

@@ -26,11 +26,11 @@ class Fault:
 
     where: str
     times: int = 1_000_000
-    status: int = 0  # if not 0, answer with this status and no file
+    status: int = 0  # if not 0, answer with this status, and send no file
     code: str = ""  # the header X-Error-Code of that answer
-    keep: int | None = None  # cut the connection after this many bytes of the body
+    keep: int | None = None  # send this many bytes of the body, then close the connection
     body: bytes | None = None  # send this body instead of the file
-    stated: int | None = None  # state this file length in the headers
+    stated: int | None = None  # give this file length in the headers, in place of the true one
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Hub:
     """A fake hub. `repositories` is {"owner/name": {revision: {path: contents}}}."""
 
     url: str = ""
-    store: str = ""  # this server's second host name, because the real hub has two hosts
+    store: str = ""  # a second host name of this server; the real hub also has two hosts
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)

@@ -45,7 +45,7 @@ as other projects state them. Only L/14 has safetensors."""
 
 # ------------------------------------------------------------------------------------------------
 # Small files. The settings files of B/32 equal OpenAI's files at commit 3d74acf, byte for byte.
-# Only config.json differs, because OpenAI's was edited by hand (see test_official.py).
+# Only config.json differs, because OpenAI edited its file by hand (see test_official.py).
 
 START, END = (
     {"content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}

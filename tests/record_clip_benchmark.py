@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
-# The number of images, and of captions for each image. The last image has one more caption.
+# (number of images, captions for each image). The last image has one caption more than the others.
 SIZES = [(7, 1), (40, 5), (60, 3)]
 LEVELS = [1, 5, 10]
 

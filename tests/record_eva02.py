@@ -59,7 +59,7 @@ def record() -> dict[str, object]:
 
     count = WIDTH // HEADS // 4
     bands = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    assert torch.allclose(bands.float(), freq_bands(count, step=1))  # timm uses float32 here
+    assert torch.allclose(bands.float(), freq_bands(count, step=1))  # timm's are float32
     table = build_rotary_pos_embed(
         [*GRID], bands, in_pixels=False, ref_feat_shape=[16, 16], dtype=torch.float64
     )

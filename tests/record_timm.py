@@ -17,8 +17,8 @@ from miniclip import VisionConfig, VisionTower
 
 PATH = Path(__file__).parent / "data" / "timm.json"
 
-# (rows, columns) of a grid before and after the resize. No grid has a single column.
-# timm uses antialiasing, and with it torch 2.13 resamples a single column wrongly on a CPU.
+# (rows, columns) of a grid before and after the resize. No grid has a single column: timm resizes
+# with antialiasing, and then torch 2.13 computes wrong values for a single column on a CPU.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
 PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
 CHANNELS = [1, 2, 4, 6]  # numbers of input channels that replace the usual three

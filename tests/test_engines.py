@@ -52,7 +52,7 @@ PIXELS, IDS = random_inputs(TINY)
 @EXPORTER
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "eager"])
-def test_an_engine_gives_the_same_numbers_as_the_tower_for_every_size(name, model, capfd, caplog):
+def test_an_engine_gives_the_outputs_of_the_tower_for_every_input_size(name, model, capfd, caplog):
     if missing := ENGINES[name].missing:
         pytest.skip(f"needs {', '.join(missing)}")
     if name.startswith("compile") and not shutil.which(os.environ.get("CXX", "g++")):
@@ -108,7 +108,7 @@ def test_control_c_still_works_after_another_thread_deleted_an_engine():
     assert (run.returncode, run.stdout) == (0, "stopped\n"), run.stderr
 
 
-def test_only_float32_engines_promise_2e_5():
+def test_only_float32_engines_have_a_tolerance_of_2e_5():
     bounds = {name: ENGINES[name].tolerance for name in engines.FLOAT32}
     assert {*bounds.values()} == {2e-5}
     assert all(e.tolerance > 1e-2 for name, e in ENGINES.items() if "-" in name)
@@ -122,7 +122,7 @@ def test_the_error_for_a_missing_engine_says_what_to_install(monkeypatch, model)
         on_engine(model.vision, "onnx")
 
 
-def test_an_engine_with_wrong_numbers_is_an_error_at_its_first_batch(model):
+def test_an_engine_with_wrong_outputs_raises_an_error_at_its_first_batch(model):
     encode = on_engine(model.vision, "wrong")
     with pytest.raises(ValueError, match=r"wrong differs from .*, expected at most 2e-05"):
         encode(PIXELS)
@@ -132,7 +132,7 @@ def test_an_engine_with_wrong_numbers_is_an_error_at_its_first_batch(model):
         on_engine(model.vision, "wrong")(PIXELS)
 
 
-def test_an_engine_in_half_precision_may_round_as_eager_does(model):
+def test_an_engine_in_half_precision_has_a_larger_tolerance(model):
     vision = model.vision.bfloat16()
     ENGINES["copy"] = Engine(lambda tower: copied(tower, 2e-3))
     assert on_engine(vision, "copy")(PIXELS).dtype == torch.bfloat16
@@ -142,14 +142,14 @@ def test_an_engine_in_half_precision_may_round_as_eager_does(model):
         engines.write_onnx(vision, None)
 
 
-def test_an_engine_takes_an_empty_batch_and_still_checks_the_next(model):
+def test_an_engine_accepts_an_empty_batch_and_checks_the_next_batch(model):
     encode = on_engine(model.vision, "wrong")
     assert encode(PIXELS[:0]).shape == (0, 36)
     with pytest.raises(ValueError, match="wrong differs from"):
         encode(PIXELS)
 
 
-def test_a_tower_made_in_inference_mode_is_an_error(model):
+def test_a_tower_made_in_inference_mode_cannot_be_put_on_an_engine(model):
     with torch.inference_mode():
         made = copy.deepcopy(model.vision)
     with pytest.raises(ValueError, match=r"was made in inference mode.*outside torch.inference_m"):
@@ -205,7 +205,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_changed_tower_is_noticed(change, model):
+def test_an_engine_raises_an_error_after_a_change_of_its_tower(change, model):
     model.vision.offset = torch.zeros(2)  # a tensor that is neither a parameter nor a buffer
     encode = on_engine(model.vision, "copy")
     assert torch.equal(encode(PIXELS), model.vision(PIXELS))
@@ -224,7 +224,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS.keys())
-def test_a_hook_is_never_ignored(register, model):
+def test_an_engine_raises_an_error_if_its_tower_has_a_hook(register, model):
     encode = on_engine(model.vision, "copy")
     handle = register(model.vision.blocks[0].attn.q)
     try:
@@ -237,7 +237,7 @@ def test_a_hook_is_never_ignored(register, model):
     assert torch.equal(encode(PIXELS), model.vision(PIXELS))
 
 
-def test_a_model_on_an_engine_gives_the_same_logits(model):
+def test_a_model_gives_the_same_logits_with_and_without_an_engine(model):
     expected = model(PIXELS, IDS)
     use_engine(model, "copy")
     assert engine_of(model) == "copy"
@@ -251,7 +251,7 @@ def test_a_model_on_an_engine_gives_the_same_logits(model):
         assert torch.equal(other.encode_image(PIXELS), other.vision(PIXELS))
 
 
-def test_a_fork_with_its_own_encode_image_is_an_error():
+def test_use_engine_raises_an_error_for_a_fork_that_overrides_encode_image():
     class Louder(miniclip.CLIP):
         def encode_image(self, pixels, normalize=False):
             return 2 * super().encode_image(pixels, normalize)
@@ -264,7 +264,7 @@ def raise_own_error(tower):
     raise Exception("not implemented")  # like ONNX Runtime's errors, this is not a RuntimeError
 
 
-def test_auto_takes_the_fastest_correct_engine(monkeypatch, model):
+def test_use_fastest_selects_the_fastest_engine_with_correct_outputs(monkeypatch, model):
     monkeypatch.setattr(engines, "FLOAT32", ("eager", "wrong", "copy"))
     times = iter(itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.5])))
     monkeypatch.setattr(engines.time, "perf_counter", lambda: next(times))
@@ -296,7 +296,7 @@ def pictures(tmp_path, monkeypatch):
         "embed pictures --out index.safetensors",
     ],
 )
-def test_commands_run_on_an_engine(line, pictures, monkeypatch):
+def test_classify_eval_and_embed_use_the_given_engine(line, pictures, monkeypatch):
     used = []
     monkeypatch.setattr(
         "miniclip.engines.use_engine", lambda m, name: used.append(name) or use_engine(m, name)
@@ -305,7 +305,7 @@ def test_commands_run_on_an_engine(line, pictures, monkeypatch):
     assert used == ["onnxruntime"]
 
 
-def test_cached_features_store_the_engine_that_made_them(pictures):
+def test_features_of_two_engines_are_cached_in_different_files(pictures):
     files = ["pictures/cat/cat.png"]
     kinds = {}
     for name in ("eager", "onnxruntime"):
@@ -317,7 +317,9 @@ def test_cached_features_store_the_engine_that_made_them(pictures):
     assert len(os.listdir("kept")) == 3
 
 
-def test_an_index_is_continued_only_with_the_engine_that_began_it(pictures, monkeypatch, tmp_path):
+def test_embed_continues_an_index_only_with_the_engine_that_began_it(
+    pictures, monkeypatch, tmp_path
+):
     """An index must not mix two engines, because their rounding errors differ."""
     building = importlib.import_module("miniclip.retrieval.building")
     seen = []
@@ -333,7 +335,9 @@ class FakeDigest:
 
 
 @pytest.mark.parametrize(("name", "status"), [("onnxruntime", 0), ("openvino", 1)])
-def test_parity_compares_an_engine_with_its_tolerances(name, status, pictures, monkeypatch, capsys):
+def test_parity_fails_only_if_an_engine_exceeds_its_tolerances(
+    name, status, pictures, monkeypatch, capsys
+):
     def off(tower):
         frozen = copy.deepcopy(tower)
         return lambda x: frozen(x) * torch.linspace(1, 1.001, 128)

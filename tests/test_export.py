@@ -84,7 +84,7 @@ def test_the_model_compiles_into_one_graph(model):
 
 
 @pytest.mark.slow
-def test_the_model_is_one_graph_for_every_size(model):
+def test_one_compiled_graph_works_for_every_input_size(model):
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     assert_same(compiled, model)
     torch._dynamo.reset()
@@ -94,17 +94,17 @@ def test_the_model_is_one_graph_for_every_size(model):
 
 
 @pytest.mark.slow
-def test_the_model_exports_with_any_batch_and_any_length(model):
+def test_an_exported_graph_takes_any_batch_size_and_any_text_length(model):
     assert_same(exported(model).module(), model)
 
 
 @pytest.mark.slow
-def test_the_model_exports_with_eager_attention():
+def test_an_exported_graph_with_eager_attention_gives_the_outputs_of_the_model():
     model, _ = twins(AS_OPENAI, attention="eager")
     assert_same(exported(model).module(), model)
 
 
-def test_a_graph_without_a_mask_is_noticed(model):
+def test_the_comparison_fails_for_a_graph_without_a_causal_mask(model):
     with pytest.raises(AssertionError):
         assert_same(without_mask(model), model)
 

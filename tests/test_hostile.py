@@ -865,7 +865,7 @@ def long_files(files):
 
 
 @pytest.mark.slow
-def test_long_files_take_little_memory_and_give_short_messages(referee, files):
+def test_very_long_files_take_little_memory_and_give_short_error_messages(referee, files):
     messages = []
 
     def load(directory):
@@ -992,7 +992,7 @@ def test_a_faulty_transform_raises_an_error_or_loads_as_the_file_says(referee, f
     assert len(errors) > 300 and len(loads) > 20
 
 
-def test_parts_that_disagree_are_an_error(referee, files):
+def test_a_checkpoint_with_missing_or_contradictory_files_raises_an_error_or_loads(referee, files):
     """Only `load` can notice that a tokenizer has more tokens than the model embeds."""
     longer = json.loads(files["vocab.json"])
     longer |= {f"more{i}": len(longer) + i for i in range(600 - len(longer))}

@@ -137,7 +137,7 @@ def test_each_notebook_runs_without_an_error_or_a_warning(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_committed_outputs_come_from_a_complete_run(path):
+def test_the_committed_outputs_of_each_notebook_come_from_a_complete_run(path):
     assert path.stat().st_size < MOST_BYTES
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -148,7 +148,7 @@ def test_the_committed_outputs_come_from_a_complete_run(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_each_notebook_has_the_parts_that_a_reader_needs(path):
+def test_each_notebook_has_goals_exercises_solutions_and_explained_figures(path):
     """A notebook states its goals and how to run it. It has a text before every code cell, an
     explanation of every figure, and three exercises with folded solutions."""
     cells = nbformat.read(path, as_version=4).cells

@@ -108,7 +108,9 @@ def logits(model, pixels, ids):
     "openai/clip-vit-base-patch32",
     *(pytest.param(name, marks=pytest.mark.slow) for name in list(OFFICIAL)[1:]),
 ])  # fmt: skip
-def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_path, capsys):
+def test_an_official_checkpoint_gives_the_ids_pixels_and_logits_of_transformers(
+    hub, name, tmp_path, capsys
+):
     ours, theirs = miniclip.load(name), Theirs(name)
     directory = weights_file(name).parent
 
@@ -188,7 +190,7 @@ def theirs(hub):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [*map(published, ENTRIES.values())], ids=ENTRIES)
-def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
+def test_miniclip_reproduces_the_values_that_other_projects_published(hub, entry, ours, theirs):
     """Without the real weights, transformers computes the expected values. The test checks that a
     wrong value fails."""
     picture = find_picture if hub is None else find_or_draw_picture
@@ -208,7 +210,7 @@ def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
 
 
 @pytest.mark.parametrize("hub", ["rehearsal"], indirect=True)
-def test_weights_that_openai_did_not_publish_are_recognised(hub, monkeypatch):
+def test_an_unknown_sha256_means_that_weights_are_not_from_openai(hub, monkeypatch):
     name = "openai/clip-vit-base-patch32"
     reason = strangers(name)
     assert "not OpenAI's weights" in reason and "patch32/pytorch_model.bin" in reason
@@ -222,7 +224,7 @@ def test_weights_that_openai_did_not_publish_are_recognised(hub, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", ["rehearsal"], indirect=True)
-def test_only_what_is_needed_is_downloaded(hub, tmp_path):
+def test_loading_downloads_only_the_files_that_it_needs(hub, tmp_path):
     needed = {"config.json", "preprocessor_config.json", "tokenizer_config.json"}
     needed |= {"special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.json"}
     for name in OFFICIAL:
@@ -232,7 +234,7 @@ def test_only_what_is_needed_is_downloaded(hub, tmp_path):
         assert {path.name for path in directory.iterdir()} == needed | {weights}
 
 
-def test_the_small_files_equal_the_files_of_openai():
+def test_the_settings_files_of_the_local_hub_equal_the_files_of_openai():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])
@@ -256,7 +258,7 @@ def test_the_small_files_equal_the_files_of_openai():
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"])
-def test_the_weights_files_have_openais_tensors(name, data):
+def test_the_local_hub_has_weights_with_the_tensor_names_and_dtypes_of_openai(name, data):
     path = data / "headers" / f"{name.replace('/', '_')}.reconstructed_header.json"
     header = json.loads(path.read_text())
     published = {

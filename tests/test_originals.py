@@ -66,7 +66,7 @@ def assert_other(found, expected):
 # ------------------------------------------------------------------------------------- clip_prs
 
 
-def test_decompose_equals_clip_prs(model):
+def test_decompose_gives_the_same_contributions_as_clip_prs(model):
     pixels = common.pixels()
     by = {by: decompose(model, pixels, by, "clip_prs") for by in ("layer", "head", "token")}
     names = ["embed"] + [f"blocks.{i}.{part}" for i in range(8) for part in ("attn", "mlp")]
@@ -87,7 +87,7 @@ def test_decompose_equals_clip_prs(model):
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
 
-def test_ablated_contributions_equal_clip_prs(model):
+def test_ablate_contributions_gives_the_same_embeddings_as_clip_prs(model):
     for by in ("head", "token"):
         parts = decompose(model, common.pixels(), by, "clip_prs")
         expected = values("clip_prs", "ablated")
@@ -98,7 +98,7 @@ def test_ablated_contributions_equal_clip_prs(model):
 # ----------------------------------------------------------------------------------- big_vision
 
 
-def test_resize_patch_equals_flexivit():
+def test_resize_patch_gives_the_same_weights_as_flexivit():
     recorded = RECORDED["big_vision"]["patch_embed"]
     for (old, new), expected in zip(big_vision.SIZES, recorded, strict=True):
         shape = VisionConfig(width=1, layers=1, heads=1, image_size=old, patch_size=old, channels=2)
@@ -115,7 +115,7 @@ def test_resize_patch_equals_flexivit():
 # ----------------------------------------------------------------------------- test-time registers
 
 
-def test_neurons_move_to_registers_as_in_the_authors_code(model):
+def test_move_to_registers_gives_the_same_embeddings_as_the_authors_code(model):
     pixels, recorded = common.pixels(), values("registers", "embeds")  # (calls, B, E)
     found = []
     for call in registers.CALLS:
@@ -139,7 +139,7 @@ AUTHORS = {
 
 
 @pytest.mark.parametrize("preset", AUTHORS)
-def test_each_preset_equals_its_authors_code(model, preset):
+def test_each_preset_gives_the_same_dense_features_as_its_authors_code(model, preset):
     repository, resize = AUTHORS[preset]
     tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's Gaussian window is in float32
     expected = values(repository, "patches")
@@ -153,12 +153,12 @@ def test_each_preset_equals_its_authors_code(model, preset):
         assert_other(dense_features(model, common.pixels(size=16), preset, other), larger)
 
 
-def test_maskclip_equals_clearclips_code(model):
+def test_maskclip_gives_the_same_dense_features_as_the_code_of_clearclip(model):
     found = dense_features(model, common.pixels(), "maskclip")
     assert_equal(found, values("clearclip", "maskclip"))
 
 
-def test_another_models_features_give_the_attention_pattern_as_in_proxyclip(model):
+def test_proxyclip_gives_the_same_dense_features_as_its_authors_code(model):
     foreign, expected = proxyclip.features(), values("proxyclip", "patches")
     assert_equal(dense_features(model, common.pixels(), by_features(foreign)), expected)
     assert_other(dense_features(model, common.pixels(), by_features(foreign, beta=1.0)), expected)
@@ -168,7 +168,7 @@ def test_another_models_features_give_the_attention_pattern_as_in_proxyclip(mode
 # -------------------------------------------------------------------------- weights, texts, prompts
 
 
-def test_interpolated_weights_equal_wise_ft(model):
+def test_interpolate_gives_the_same_weights_as_wise_ft(model):
     tuned = common.small_clip(seed=1)
     for alpha, expected in zip(wise_ft.ALPHAS, values("wise_ft", "merged"), strict=True):
         found = common.openai_state(model=interpolate(model, tuned, alpha))
@@ -177,7 +177,7 @@ def test_interpolated_weights_equal_wise_ft(model):
 
 
 @pytest.mark.slow
-def test_soups_equal_the_authors_code():
+def test_uniform_and_greedy_soups_have_the_same_weights_as_in_the_authors_code():
     models = model_soups.ingredients()
 
     def score(model):
@@ -191,7 +191,7 @@ def test_soups_equal_the_authors_code():
             assert_other(found, common.digests(common.openai_state(model=other)))
 
 
-def test_learned_prompts_are_read_as_in_coop(model):
+def test_learned_prompts_have_the_same_embeddings_as_in_coop(model):
     start, _, rest = model.text.token_embed(coop.IDS).split([1, 2, 4], dim=1)
     learned = common.chirp(2, 8)
     expected = dict(zip(coop.PLACES, values("coop", "embeds"), strict=True))
@@ -208,7 +208,7 @@ def test_learned_prompts_are_read_as_in_coop(model):
             assert_equal(found[0], expected[place][i])
 
 
-def test_the_context_is_extended_as_in_long_clip():
+def test_extend_context_gives_the_same_positions_and_embeddings_as_long_clip():
     long = extend_context(common.small_clip(longclip.CONFIG), 248)
     assert_equal(long.text.pos_embed[:, ::16], values("longclip", "positions"))
     assert_equal(long.encode_text(longclip.ids()), values("longclip", "embeds"))
@@ -216,7 +216,7 @@ def test_the_context_is_extended_as_in_long_clip():
     assert_other(other.text.pos_embed[:, ::16], values("longclip", "positions"))
 
 
-def test_relevance_equals_chefers_notebook(model):
+def test_relevance_gives_the_same_scores_as_the_notebook_of_chefer(model):
     pixels = common.pixels()[:1].expand(2, -1, -1, -1)
     for i, start in enumerate(chefer.STARTS):
         found = relevance(model, pixels, common.ids(), start=start)
@@ -239,7 +239,7 @@ def merged_tokens(x, sizes, keys, count):
     return sums[kept] / sizes[kept], sizes[kept]
 
 
-def test_token_merging_is_three_hooks(model):
+def test_token_merging_with_three_hooks_gives_the_same_embeddings_as_tome(model):
     state = {"sizes": torch.ones(2, 10, 1, dtype=torch.float64)}
 
     def merge(x, name):
@@ -260,7 +260,7 @@ def test_token_merging_is_three_hooks(model):
     assert_other(model.encode_image(common.pixels()), values("tome", "embeds"))
 
 
-def test_sites_equal_the_hook_points_of_vit_prisma(model):
+def test_sites_have_the_same_values_as_the_hook_points_of_vit_prisma(model):
     block = f"vision.blocks.{vit_prisma.BLOCK}"
     names = {theirs: f"{block}.{ours}".rstrip(".") for theirs, ours in vit_prisma.SITES.items()}
     with cache(model, *names.values(), f"{block}.ln_1.normalized") as acts:

@@ -47,7 +47,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     assert "classify" in entry.stdout, entry.stderr
 
 
-def test_importing_prints_nothing_and_imports_no_heavy_library():
+def test_importing_miniclip_prints_nothing_and_imports_no_heavy_library():
     script = (
         "import sys, miniclip, miniclip.commands.main;"
         "heavy = {'transformers', 'matplotlib', 'skimage', 'ftfy', 'huggingface_hub'};"
@@ -58,14 +58,14 @@ def test_importing_prints_nothing_and_imports_no_heavy_library():
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_the_reference_imports_no_other_part(name):
+def test_the_reference_imports_neither_transformers_nor_an_instrument(name):
     source = (ROOT / "miniclip" / f"{name}.py").read_text()
     imported = set(re.findall(r"^\s*(?:from|import) miniclip\.(\w+)", source, re.MULTILINE))
     assert imported <= {*REFERENCE, "errors", "files", "text"}
     assert not re.search(r"^\s*(from|import) transformers", source, re.MULTILINE)
 
 
-def test_every_public_name_is_there():
+def test_miniclip_exports_exactly_its_public_names():
     import miniclip
 
     assert {*miniclip.__all__} == {
@@ -82,7 +82,7 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("name", ["everyday", "shapes"])
-def test_a_loaded_model_is_ready_to_be_used(name):
+def test_a_loaded_model_is_in_evaluation_mode_on_the_cpu_and_in_float32(name):
     """All modules are in evaluation mode, on the CPU and in float32."""
     import torch
 
@@ -110,7 +110,7 @@ def test_output_that_cannot_be_written_gives_a_one_line_error():
 
 
 @pytest.mark.slow
-def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path):
+def test_a_character_that_a_terminal_cannot_show_becomes_a_question_mark(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     argv = ["classify", str(tmp_path / "red.png"), "--labels", "cat", "château"]
@@ -136,7 +136,7 @@ def test_type_checkers_report_every_wrong_call_and_no_other_call(checker):
 
 
 @pytest.mark.slow
-def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp_path):
+def test_the_first_page_of_the_api_docs_links_to_every_module_in_reading_order(tmp_path):
     pytest.importorskip("pdoc")
     modules = [
         "miniclip",
@@ -153,7 +153,7 @@ def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp
 
 
 @pytest.mark.slow
-def test_no_docstring_loses_words_or_columns_on_its_page():
+def test_no_docstring_loses_words_or_columns_in_the_api_docs():
     """A browser hides <class> without backticks, because <class> looks like a tag. It also removes
     the spaces between aligned columns, so a docstring needs a list in place of columns."""
     pytest.importorskip("pdoc")

@@ -16,16 +16,16 @@ PLACES = [HERE.parent / "README.md", HERE.parent / "miniclip/files/__init__.py"]
 
 TABLE = """
 loads `openai/clip-vit-*`
-    official: an_official_checkpoint_gives_what_transformers_gives
+    official: an_official_checkpoint_gives_the_ids_pixels_and_logits_of_transformers
     layouts: presets_have_the_shapes_of_the_published_files
 draw this picture offline, in seconds
-    readme: each_command_works
+    readme: each_command_in_readme_works
 Six files are the reference
-    structure: the_reference_can_be_read_in_order
+    structure: no_file_of_the_reference_imports_a_file_later_in_reading_order
     structure: the_reference_has_at_most_a_thousand_lines
     structure: definitions_come_before_their_use
 the reference imports no instrument
-    structure: the_reference_imports_only_files_and_text
+    structure: the_reference_imports_no_subpackage_except_files_and_text
 Each notebook runs offline in under three minutes
     notebooks: each_notebook_runs_without_an_error_or_a_warning
 `load` takes the name of an embedded checkpoint, a directory
@@ -49,7 +49,7 @@ both loading the same file
     checkpoint: an_official_file_gives_the_logits_of_transformers
 operations in another order
     export: the_model_compiles_into_one_graph
-    export: the_model_exports_with_eager_attention
+    export: an_exported_graph_with_eager_attention_gives_the_outputs_of_the_model
 1.1 times the error of transformers
     model: half_precision_is_no_worse_than_transformers
 equal, every code point
@@ -63,7 +63,7 @@ transformers' PIL back end
 transformers on the same GPU
     model: logits_are_close_to_transformers_on_every_device
 published logits and embeddings
-    official: a_published_value_is_reproduced
+    official: miniclip_reproduces_the_values_that_other_projects_published
 The same command now names the first site that differs, vision.pooled
     forks: a_fault_in_a_model_with_tokens_as_the_first_axis_is_named
 causality makes them unnecessary
@@ -77,9 +77,9 @@ The given model does not change
 keep each bit of the new model
     surgery_shapes: a_model_after_surgery_is_saved_and_loaded_bit_for_bit
 each in ten lines, and compares each with its paper
-    published: ten_lines_are_enough
+    published: each_modification_takes_at_most_ten_lines
 compares our versions with the authors' code
-    originals: decompose_equals_clip_prs
+    originals: decompose_gives_the_same_contributions_as_clip_prs
 a larger example, SigLIP in one file
     subclasses: siglip_gives_the_outputs_of_transformers
 lists all tensors that are missing, unexpected or misshapen
@@ -114,10 +114,10 @@ or it loads exactly as the file says
     hostile: a_faulty_config_raises_an_error_or_loads_as_the_file_says
     hostile: a_faulty_tokenizer_raises_an_error_or_loads_as_the_files_say
     hostile: a_faulty_transform_raises_an_error_or_loads_as_the_file_says
-    hostile: parts_that_disagree_are_an_error
+    hostile: a_checkpoint_with_missing_or_contradictory_files_raises_an_error_or_loads
 within a second of CPU time and 200 MB
     hostile: a_named_pipe_raises_an_error_without_waiting
-    hostile: long_files_take_little_memory_and_give_short_messages
+    hostile: very_long_files_take_little_memory_and_give_short_error_messages
     tokenizer: cleaning_many_combining_marks_does_not_take_quadratic_time
     tokenizer: splitting_at_added_tokens_does_one_lookup_per_position_and_token_length
 from the hub raises an error, and is deleted

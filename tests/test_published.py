@@ -92,7 +92,7 @@ def sclip(model, pixels, texts):
 
 
 @torch.no_grad()
-def test_sclip_equals_its_paper(loaded, theirs, pixels, ids):
+def test_sclip_gives_the_same_outputs_as_the_method_in_its_paper(loaded, theirs, pixels, ids):
     texts = loaded.model.encode_text(ids, normalize=True)
     found = sclip(loaded.model, pixels, texts)
 
@@ -135,7 +135,7 @@ def long_clip(loaded, directory):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
+def test_long_clip_gives_the_same_outputs_as_the_method_in_its_paper(loaded, ids, tmp_path):
     short, rows = loaded.model.encode_text(ids), loaded.model.text.pos_embed.detach()
     long, tokenizer, _ = long_clip(loaded, tmp_path)
     longer = tokenizer(["a red circle above a blue star. " * 25, "a star"])
@@ -198,7 +198,9 @@ def without_least_important_heads(model, pixels, ids, count):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
+def test_head_pruning_gives_the_same_outputs_as_the_method_in_its_paper(
+    loaded, theirs, pixels, ids
+):
     with torch.enable_grad():
         pruned, importance = without_least_important_heads(loaded.model, pixels, ids, 5)
 
@@ -245,7 +247,7 @@ def tuned_with_lora(model, pixels, ids, steps=3):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's code
-def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
+def test_lora_gives_the_same_logits_as_peft_after_three_training_steps(loaded, theirs, pixels, ids):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     start = add_lora(loaded.model, rank=4, alpha=8)  # LoRA's A is random, and its B is zero
@@ -297,7 +299,7 @@ def coop(model, tokenizer, images, labels, classes, steps=3):
     return context
 
 
-def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
+def test_coop_learns_the_same_prompt_vectors_as_the_method_in_its_paper(loaded, theirs, pixels):
     model, tokenizer, _ = loaded
     images, labels = model.encode_image(pixels, normalize=True).detach(), torch.tensor([0, 1, 0, 2])
     classes = ["circle", "green star", "ring"]
@@ -342,7 +344,7 @@ def with_registers(model, pixels, neurons):
 
 
 @torch.no_grad()
-def test_registers_equal_the_authors_code(loaded, theirs, pixels):
+def test_registers_give_the_same_outputs_as_the_authors_code(loaded, theirs, pixels):
     neurons = {1: [3, 50, 51, 300], 3: [0, 7]}
     found = with_registers(loaded.model, pixels, neurons)
 
@@ -368,7 +370,7 @@ def test_registers_equal_the_authors_code(loaded, theirs, pixels):
 
 
 @torch.no_grad()
-def test_registers_may_get_a_negative_activation(loaded, pixels):
+def test_registers_get_the_activation_of_largest_magnitude_even_if_it_is_negative(loaded, pixels):
     model = copied(loaded.model)
     fc1 = model.vision.blocks[1].mlp.fc1
     fc1.weight[:2] = 0
@@ -405,7 +407,9 @@ def without_features(model, pixels, site, sae, features):
 
 
 @torch.no_grad()
-def test_splicing_an_autoencoder_equals_the_papers_method(loaded, theirs, pixels):
+def test_splicing_an_autoencoder_gives_the_same_outputs_as_the_method_in_its_paper(
+    loaded, theirs, pixels
+):
     torch.manual_seed(0)
     sae = SparseAutoencoder(96, 200).double()
     site, features = "vision.blocks.2", [7, 120]
@@ -452,7 +456,9 @@ def without_heads_for(model, pixels, text, count):
 
 
 @torch.no_grad()
-def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
+def test_head_ablation_by_text_gives_the_same_outputs_as_the_method_in_its_paper(
+    loaded, theirs, pixels, ids
+):
     text = loaded.model.encode_text(ids[:1], normalize=True)[0]
     found, scores = without_heads_for(loaded.model, pixels, text, 3)
 
@@ -511,7 +517,9 @@ def greedy_soup(models, score):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_greedy_soup_equals_its_paper(loaded, pixels, ids, tmp_path):
+def test_a_greedy_soup_gives_the_same_outputs_as_the_method_in_its_paper(
+    loaded, pixels, ids, tmp_path
+):
     """The mean of the first three models has the best score. The fourth model is far from them."""
     base = miniclip.load("shapes", dtype=torch.float64).model
     models = []
@@ -552,7 +560,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
-def test_ten_lines_are_enough(recipe):
+def test_each_modification_takes_at_most_ten_lines(recipe):
     definition = ast.parse(inspect.getsource(recipe)).body[0]
     first, last = definition.body[1].lineno, definition.end_lineno  # after the docstring
     lines = inspect.getsource(recipe).splitlines()[first - 1 : last]

@@ -179,7 +179,7 @@ def test_readme_is_short_and_its_line_counts_and_links_are_right():
     assert len(anchors) > 10 and headings.issuperset(anchors)
 
 
-def test_every_command_is_found():
+def test_the_search_in_readme_finds_every_command():
     found = commands()
     assert INSTEAD.keys() <= {*found}  # a misspelt key would replace no command
     assert len(found) >= 25
@@ -196,7 +196,7 @@ def shallow(model):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch warns when it exports
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
-def test_the_python_code_runs_unchanged(desk, monkeypatch):
+def test_the_python_code_in_readme_runs_unchanged(desk, monkeypatch):
     """All blocks run one after the other in one Python session, as a reader would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```", shown(), re.S | re.M)
     assert len(blocks) >= 6
@@ -217,7 +217,7 @@ def test_the_python_code_runs_unchanged(desk, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
-def test_each_command_works(desk, command, little, monkeypatch, capsys):
+def test_each_command_in_readme_works(desk, command, little, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     argv = stand_in(command)
     if argv[0] == "serve":

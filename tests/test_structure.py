@@ -58,12 +58,12 @@ def test_no_module_imports_itself_indirectly(name):
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.startswith("files")])
-def test_miniclip_files_does_not_import_the_classes(name):
+def test_miniclip_files_imports_neither_the_model_nor_the_tokenizer_nor_the_config(name):
     assert not reached(name) & {"model", "tokenizer", "transform", "checkpoint", "config"}
 
 
 @pytest.mark.parametrize("file", REFERENCE)
-def test_the_reference_imports_only_files_and_text(file):
+def test_the_reference_imports_no_subpackage_except_files_and_text(file):
     below = {name.removesuffix(".py") for name in REFERENCE} | {"errors"}
     others = {
         n for n in reached(file.removesuffix(".py")) if n.split(".")[0] not in ("files", "text")
@@ -71,7 +71,7 @@ def test_the_reference_imports_only_files_and_text(file):
     assert others <= below
 
 
-def test_the_reference_can_be_read_in_order():
+def test_no_file_of_the_reference_imports_a_file_later_in_reading_order():
     """No file of the reference imports a file that comes later in the reading order."""
     order = [file.removesuffix(".py") for file in REFERENCE]
     for i, name in enumerate(order):
@@ -86,13 +86,13 @@ def test_the_reference_has_at_most_a_thousand_lines():
 
 
 @pytest.mark.parametrize("name", sorted(GRAPH))
-def test_a_long_file_says_why(name):
+def test_the_docstring_of_a_long_file_explains_its_length(name):
     text = modules()[name].read_text(encoding="utf-8")
     if len(text.splitlines()) > MOST_LINES_OF_A_FILE:
         assert "This file is long because" in ast.get_docstring(ast.parse(text))
 
 
-def test_a_circular_import_is_noticed(monkeypatch):
+def test_the_import_check_finds_a_circular_import(monkeypatch):
     monkeypatch.setitem(GRAPH, "errors", {"files.reading"})
     assert "errors" in reached("errors")
 
@@ -111,7 +111,7 @@ def test_definitions_come_before_their_use():
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_each_planted_fault_has_one_place_in_the_package(area):
+def test_each_planted_fault_replaces_code_that_occurs_once_in_the_package(area):
     sources, tests = read_sources(ROOT.parent), Path(__file__).parent.parent
     slips = slips_of(area)
     assert len({slip.what for slip in slips}) == len(slips)

@@ -47,7 +47,7 @@ class Scores(nn.Module):
         return self.model(pixels, self.ids).logits_per_image
 
 
-def test_captum_attributes_to_sites_and_pixels(model, pixels, ids):
+def test_captum_computes_attributions_of_sites_and_pixels(model, pixels, ids):
     captum = installed("captum.attr")
     scores = Scores(model, ids[:1])
     site = "vision.blocks.1.attn.pattern"
@@ -64,7 +64,7 @@ def test_captum_attributes_to_sites_and_pixels(model, pixels, ids):
     assert ((found.sum((1, 2, 3)) - gained[:, 0]).abs() < 1e-3 * gained.abs().max()).all()
 
 
-def test_pytorch_grad_cam_gives_our_map(model, pixels, ids):
+def test_pytorch_grad_cam_and_our_gradcam_give_the_same_map(model, pixels, ids):
     grad_cam = installed("pytorch_grad_cam")
     from pytorch_grad_cam.utils.image import scale_cam_image
 
@@ -111,7 +111,7 @@ def test_bertviz_shows_attention_maps():
         bertviz.head_view(maps, ["one", "token"], html_action="return")
 
 
-def test_torchao_quantises_a_tower_and_keeps_its_sites(pixels):
+def test_sites_still_work_after_torchao_quantises_a_tower(pixels):
     torchao = installed("torchao.quantization")
     model, pixels = tiny_clip(), pixels.float()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_torchao_quantises_a_tower_and_keeps_its_sites(pixels):
     assert_close(acts["vision.blocks.1.attn.pattern"].sum(-1), torch.ones(2, 4, 26))
 
 
-def test_peft_adapts_and_merges_a_model(model, pixels, ids):
+def test_peft_adds_lora_to_a_model_and_merges_the_weights(model, pixels, ids):
     peft = installed("peft")
     with torch.no_grad():
         whole = model.encode_image(pixels)
@@ -161,7 +161,7 @@ def sae_file(tmp_path):
 
 
 @torch.no_grad()
-def test_an_sae_of_vit_prisma_can_be_spliced(model, pixels, sae_file):
+def test_a_sparse_autoencoder_of_vit_prisma_can_be_spliced_into_a_model(model, pixels, sae_file):
     sae, site = PrismaSAE(sae_file), "vision.blocks.1"
     with splice(model, site, sae), cache(sae, "features") as acts:
         found = model.encode_image(pixels)

@@ -41,7 +41,7 @@ def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def test_versions_are_read_from_the_modules(monkeypatch):
+def test_library_versions_come_from_the_imported_modules(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "9.8.7+cu130")  # pip installed a different version
     assert versions()["torch"] == "9.8.7+cu130"
     assert versions()["transformers"] == transformers.__version__
@@ -57,21 +57,21 @@ def test_pip_gives_the_version_if_a_module_does_not(monkeypatch):
     assert versions()["openai-clip"] == "1.0.1"
 
 
-def test_a_module_without_any_version_is_still_named(monkeypatch):
+def test_versions_lists_a_library_of_unknown_version(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
     monkeypatch.setitem(peers.DISTRIBUTIONS, "clip", "no-such-library")
     assert versions()["no-such-library"] == "of unknown version"
 
 
-def test_a_library_that_is_not_imported_is_not_in_use(monkeypatch):
+def test_versions_omits_a_library_that_is_not_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, "faiss", raising=False)
     assert "faiss-cpu" not in versions()
 
 
-def test_the_lowest_tested_versions_are_the_lower_bounds(project):
+def test_the_lowest_tested_versions_equal_the_lower_bounds_in_pyproject(project):
     assert pins("constraints-lowest.txt") == requirements(project, "demo", "train", "eval", "test")
 
 
-def test_every_library_that_the_tests_need_has_a_tested_version(project):
+def test_every_library_that_the_tests_need_has_a_pinned_version(project):
     needed = requirements(project, "demo", "train", "test", "dev")
     assert needed.keys() <= pins("constraints.txt").keys()

@@ -25,7 +25,7 @@ __all__ = [
     "write_shards",
 ]  # fmt: skip
 
-# The two towers differ in every size that may differ, so that a test notices swapped sizes.
+# The towers have different sizes wherever CLIP allows it. So a test notices swapped sizes.
 TINY = CLIPConfig(
     vision=VisionConfig(
         width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8, ln_eps=2e-5

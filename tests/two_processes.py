@@ -125,8 +125,9 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])  # set by torchrun
     if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         crash_at(3, lambda: os._exit(1))
+    # If the other process crashed, stop before `store` exists, because a restart needs a new file.
     if status := main(lines["ddp"]):
-        sys.exit(status)  # the other process crashed, and the restart needs a new `store` file
+        sys.exit(status)
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     status += main(lines["undisturbed"])
     building.PART = 8

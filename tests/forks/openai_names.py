@@ -80,7 +80,7 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         text = self._text()
-        x = text.token_embedding(ids) + text.positional_embedding  # all texts have the full length
+        x = text.token_embedding(ids) + text.positional_embedding  # the ids have full length
         x = text.ln_final(text.transformer(x.transpose(0, 1)).transpose(0, 1))
         x = x[torch.arange(len(x)), ids.argmax(-1)] @ text.text_projection
         image, words = (x / x.norm(dim=-1, keepdim=True) for x in (self.visual(pixels), x))

@@ -80,7 +80,7 @@ class OwlViT(CLIP):
     config_class = OwlConfig
     model_type = "owlvit"
     tensor_names = {ours: f"owlvit.{theirs}" for ours, theirs in TRANSFORMERS.items()} | {
-        "vision.ln_pre": "owlvit.vision_model.pre_layernorm",  # CLIP has "pre_layrnorm"
+        "vision.ln_pre": "owlvit.vision_model.pre_layernorm",  # CLIP's name is "pre_layrnorm"
         "ln_patches": "layer_norm",
         "class_head.proj": "class_head.dense0",
         "class_head.shift": "class_head.logit_shift",

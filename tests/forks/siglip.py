@@ -59,7 +59,7 @@ class SiglipVision(VisionTower):
         self.blocks = self.make_blocks(config, causal=False)
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.probe = nn.Parameter(torch.randn(1, 1, width))
-        heads = width // (config.head_width or width // config.heads)  # heads before pruning
+        heads = width // (config.head_width or width // config.heads)  # before pruning
         self.pool_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.pool_ln = nn.LayerNorm(width, eps=config.ln_eps)
         self.pool_mlp = MLP(width, config.mlp_width, config.act)

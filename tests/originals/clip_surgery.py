@@ -8,7 +8,7 @@ def record(checkout: str) -> dict:
     import clip.clip_surgery_model
 
     visual = openai_vision(clip.clip_surgery_model)
-    # The order matters: the second call overwrites the position embedding.
+    # The larger images must come second, because they overwrite the model's position embedding.
     return {"patches": visual(pixels())[:, 1:], "larger": visual(pixels(size=16))[:, 1:]}
 
 

@@ -24,8 +24,8 @@ from miniclip.files.names import OPENAI, pack
 
 PATH = Path(__file__).parent.parent / "data" / "originals.json"
 
-# Eight blocks, because some methods change the last six or seven. Most of the authors' code needs
-# square images.
+# The towers have eight blocks, because some methods change the last six or seven blocks. The images
+# are square, because most of the authors' code needs square images.
 CONFIG = CLIPConfig(
     VisionConfig(width=12, layers=8, heads=3, mlp_width=48, image_size=12, patch_size=4),
     TextConfig(
@@ -91,7 +91,7 @@ def openai_clip(module: types.ModuleType) -> nn.Module:
     v, t = CONFIG.vision, CONFIG.text
     name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
     vit = getattr(module, name)
-    # OpenAI's CLIP always gives its vision tower width // 64 heads.
+    # OpenAI's CLIP passes width // 64 heads to its vision tower. Pass our number of heads instead.
     setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))
     model = module.CLIP(
         CONFIG.embed_dim, v.image_size, v.layers, v.width, v.patch_size,

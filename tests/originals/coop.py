@@ -6,7 +6,7 @@ import torch
 from originals.common import CONFIG, chirp, import_from, main, openai_clip, without
 
 PLACES = ("end", "middle", "front")
-# start token, two learnt tokens, a class name of one or two tokens, full stop, end token
+# Each row: start token, two learned tokens, a class name of one or two tokens, full stop, end token
 IDS = torch.tensor([[18, 0, 0, 3, 5, 19, 0], [18, 0, 0, 4, 7, 5, 19]])
 LENGTHS = {"one": 1, "two": 2}
 

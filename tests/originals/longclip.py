@@ -6,7 +6,7 @@ from torch import Tensor
 
 from miniclip import CLIPConfig, TextConfig, VisionConfig
 
-CONFIG = CLIPConfig(  # their code needs heads of width 64 and texts of 77 tokens
+CONFIG = CLIPConfig(  # the authors' code needs heads of width 64 and texts of 77 tokens
     VisionConfig(width=64, layers=1, heads=1, mlp_width=256, image_size=8, patch_size=4),
     TextConfig(
         width=64, layers=2, heads=1, mlp_width=256, vocab_size=20, context_length=77,

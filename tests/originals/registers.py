@@ -31,7 +31,7 @@ def record(checkout: str) -> dict:
         manager.reinit(mode=HookMode.INTERVENE)
         manager.intervene_register_neurons(call["count"], NEURONS, scale=call["scale"])
         manager.finalize()
-        # Each image is a batch, because the hooks edit only the first image of a batch.
+        # Run one image at a time, because the hooks edit only the first image of a batch.
         found.append([model.visual(p[None], extra_tokens=call["count"])[0] for p in pixels()])
         manager.unregister_all_hooks()
     return {"embeds": found}

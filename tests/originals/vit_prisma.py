@@ -8,7 +8,7 @@ from originals.common import CONFIG, chirp, digests, import_from, main, small_cl
 from torch import Tensor
 
 BLOCK = 3
-SITES = {  # ViT-Prisma's hook: our site. The full names begin with the block's name.
+SITES = {  # {ViT-Prisma's hook: our site}, both without the name of the block
     "hook_resid_pre": "input",
     "ln1.hook_scale": "ln_1.scale",
     "ln1.hook_normalized": "ln_1",  # the hook includes weight and bias, unless they are folded

@@ -398,7 +398,7 @@ SLIPS = [
         "load returns a model in training mode.",
         "        return model.eval()\n\n    def save_pretrained",
         "        return model.train()\n\n    def save_pretrained",
-        f"{PACKAGE} -k ready",
+        f"{PACKAGE} -k evaluation_mode",
     ),
     Slip(
         "A public name is missing.",
