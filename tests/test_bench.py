@@ -86,7 +86,7 @@ def test_a_slow_moment_of_the_machine_changes_no_ratio():
     assert rows["theirs"].ratio == (3, 3, 3)
 
 
-def test_rounds_alternate_until_the_time_is_over(monkeypatch):
+def test_libraries_run_alternately_until_the_time_is_over(monkeypatch):
     log = []
     pair = dict(contender(name, [1.0], 0, log) for name in "AB")
     assert alternate(pair, seconds=0) == [[1.0, 1.0]] * 3
@@ -135,7 +135,7 @@ def test_a_library_with_a_wrong_output_is_not_timed():
     assert rows["for scale"].difference is None and rows["for scale"].ratio == (0.5, 0.5, 0.5)
 
 
-def test_a_nan_in_our_own_output_is_an_error():
+def test_nan_in_the_output_of_miniclip_is_an_error():
     ours = contender("ours", [1.0], torch.full((2, 3), math.nan))
     with pytest.raises(RuntimeError, match="miniclip's own output has numbers that are not finite"):
         rows_of(ours, contender("theirs", [1.0], torch.ones(2, 3)))
@@ -163,7 +163,7 @@ def test_without_a_tolerance_outputs_must_be_equal():
     assert case(contender("ours", [1.0], 0)).tolerance == 0
 
 
-def test_the_table_is_80_columns_wide():
+def test_the_table_is_at_most_80_columns_wide():
     title = ("vision", "256 images, L/14-336, bfloat16")
     longest = Row(
         *title, 256, "images", "transformers, compiled", 0.0, (99.9,) * 3, (11.11, 22.22, 33.33)
@@ -209,7 +209,7 @@ def cases(suite, setting, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_library_can_read_the_checkpoint(setting):
+def test_the_checkpoint_for_bench_has_a_matching_tokenizer_and_transform(setting):
     model, tokenizer, transform = load(setting.directory)
     end = tokenizer.eos_token_id
     assert model.config == setting.config and setting.config.vision == SHAPE.vision
@@ -222,7 +222,7 @@ def test_every_library_can_read_the_checkpoint(setting):
 
 
 @pytest.mark.slow
-def test_the_drawn_photographs_have_the_file_size_of_real_ones(setting):
+def test_the_artificial_photographs_have_the_file_size_of_real_photographs(setting):
     assert len({path.read_bytes() for path in setting.photographs}) == 16
     for path in setting.photographs:
         with Image.open(path) as image:
@@ -232,7 +232,7 @@ def test_the_drawn_photographs_have_the_file_size_of_real_ones(setting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", sorted({*bench.SUITES} - {"startup", "memory"}))
-def test_every_suite_does_the_same_work_with_each_library(suite, setting, monkeypatch):
+def test_all_libraries_give_the_same_output_in_every_suite(suite, setting, monkeypatch):
     for case in cases(suite, setting, monkeypatch):
         outputs = {name: trial()[1] for name, trial in case.trials.items()}
         mine = case.form(outputs.pop("miniclip"))
@@ -244,7 +244,7 @@ def test_every_suite_does_the_same_work_with_each_library(suite, setting, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["vision", "text", "train"])
-def test_a_library_with_a_changed_weight_is_noticed(suite, setting, monkeypatch):
+def test_a_library_with_a_changed_weight_is_not_timed(suite, setting, monkeypatch):
     mlp = "vision_model" if suite == "vision" else "text_model"
     bias = getattr(setting.libraries[1].model, mlp).encoder.layers[1].mlp.fc1.bias
     case = next(cases(suite, setting, monkeypatch))
@@ -271,7 +271,9 @@ def test_a_library_with_a_changed_weight_is_noticed(suite, setting, monkeypatch)
         ("transform", "transform", lambda pixels: pixels.nextafter(torch.tensor(9.0))),
     ],
 )
-def test_a_library_with_a_changed_input_is_noticed(suite, field, change, setting, monkeypatch):
+def test_a_library_with_changed_ids_or_pixels_is_not_timed(
+    suite, field, change, setting, monkeypatch
+):
     ours, theirs = setting.libraries[:2]
     right = getattr(theirs, field)
     faulty = theirs._replace(**{field: lambda given: change(right(given))})
@@ -282,7 +284,7 @@ def test_a_library_with_a_changed_input_is_noticed(suite, field, change, setting
 
 
 @pytest.mark.slow
-def test_a_library_with_a_changed_gradient_is_noticed(setting, monkeypatch):
+def test_a_library_with_a_changed_gradient_is_not_timed(setting, monkeypatch):
     """The changed gradient has the opposite sign. Its norm and the loss stay the same."""
     ours, theirs = setting.libraries[:2]
 
@@ -298,7 +300,7 @@ def test_a_library_with_a_changed_gradient_is_noticed(setting, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_search_that_finds_other_rows_is_noticed(setting, monkeypatch):
+def test_a_library_whose_search_finds_different_rows_is_not_timed(setting, monkeypatch):
     case = next(bench.SUITES["search"](setting))
     monkeypatch.setattr(pipeline.Index, "search", lambda index, query, k: [])
     rows = {row.contender: row for row in measure(case, seconds=0)}
@@ -313,7 +315,7 @@ def test_captions_and_invented_words_are_all_different():
     assert len(set(words)) == len(words) == 600
 
 
-def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
+def test_bench_invents_the_words_before_the_clock_starts(setting, monkeypatch):
     events = []
 
     def invented(count):
@@ -347,7 +349,7 @@ def test_matrix_products_are_measured_with_the_fastest_implementation(setting, m
 
 
 @pytest.mark.slow
-def test_multiply_adds_of_a_text_grow_with_its_tokens():
+def test_the_number_of_multiply_adds_grows_with_the_length_of_a_text():
     texts = [replace(SHAPE.text, context_length=tokens) for tokens in (5, 10)]
     short, long = (tower_multiply_adds(replace(SHAPE, text=text), "text") for text in texts)
     assert 2 * short < long < 2.5 * short  # attention grows with the square of the length
@@ -357,14 +359,14 @@ def test_multiply_adds_of_a_text_grow_with_its_tokens():
 
 
 @pytest.mark.slow
-def test_padding_is_not_compared(setting):
+def test_the_tokenizer_suite_does_not_compare_padding(setting):
     """Some libraries pad with 0, others with the end token."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
     assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
 
 
-def test_the_row_of_matrix_products_alone_counts_every_product_with_a_weight(setting, monkeypatch):
+def test_the_timed_matrix_products_are_all_products_with_a_weight(setting, monkeypatch):
     """All products of the tower are counted, except for the two products inside attention."""
     counted = []
     monkeypatch.setattr(
@@ -386,7 +388,7 @@ def test_the_row_of_matrix_products_alone_counts_every_product_with_a_weight(set
         assert len(weights) == 2 * 6 + 1 + (name == "vision")
 
 
-def test_the_parts_of_a_model_are_counted():
+def test_the_parameters_and_multiply_adds_of_each_part_follow_from_the_config():
     """A matrix (N, M) has N * M multiply-adds for each token."""
     vision, text = (
         VisionConfig(width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8),
@@ -421,7 +423,7 @@ def test_the_parts_of_a_model_are_counted():
     assert found["text.blocks.0-1.ln_1"].parameters == 2 * 2 * 40
 
 
-def test_counts_have_plurals_and_mixed_captions_have_eight_words():
+def test_counts_above_one_use_the_plural_and_mixed_captions_have_eight_words():
     assert counted(1, "image") == "1 image" and counted(1000, "text") == "1,000 texts"
     assert {len(text.split()) for text in material.mixed_captions(50)} == {8}
     assert len(material.MIXED_SCRIPTS) == 12
@@ -436,7 +438,7 @@ def fake_library(name, log):
 
 
 @pytest.mark.parametrize("device, mode", [("cpu", "default"), ("cuda:1", "max-autotune")])
-def test_compiled_encoders_come_first(device, mode, monkeypatch, tmp_path):
+def test_the_compiled_encoders_come_first_in_the_list(device, mode, monkeypatch, tmp_path):
     log, modes = [], []
     setting = Setting(tmp_path, SHAPE, "tiny", device, torch.float32, True, 3)
     three = [fake_library(name, log) for name in ("miniclip", "transformers", "open_clip")]
@@ -487,7 +489,9 @@ class Peer(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["open_clip", "openai/CLIP"])
-def test_open_clip_and_openai_get_our_weights_and_vocabulary(name, setting, monkeypatch):
+def test_open_clip_and_openai_clip_get_the_weights_and_vocabulary_of_miniclip(
+    name, setting, monkeypatch
+):
     """Fake modules replace both libraries, because `miniclip[test]` installs neither."""
     tokenizer = types.SimpleNamespace(SimpleTokenizer=lambda path: lambda texts: (path, texts))
     clip = types.SimpleNamespace(
@@ -545,7 +549,7 @@ def test_memory_and_start_time_are_measured_in_new_processes(setting, monkeypatc
 
 
 @pytest.mark.slow
-def test_four_batches_of_files_are_embedded(setting):
+def test_the_embed_suite_embeds_four_batches_of_files(setting):
     (case,) = pipeline.embed_suite(replace(setting, batch=8))
     assert (case.count, case.unit) == (32, "images")
 
@@ -573,7 +577,7 @@ def prepared(monkeypatch):
     return seen
 
 
-def test_each_argument_reaches_the_suites(prepared, capsys):
+def test_the_command_passes_each_argument_to_the_suites(prepared, capsys):
     argv = ["--suite", "train", "text", "--shape", "tiny", "--dtype", "bfloat16", "--batch", "5"]
     assert main(["bench", *argv, "--compile"]) == 0
     assert [name for name, *_ in prepared] == ["train", "text"]
@@ -613,7 +617,7 @@ def test_a_dtype_without_a_tolerance_is_an_error():
 
 
 @pytest.mark.slow
-def test_the_command_prints_json_and_draws(capsys, tmp_path, monkeypatch, setting):
+def test_the_command_prints_a_table_or_json_and_draws_it(capsys, tmp_path, monkeypatch, setting):
     def copied(folder, shape):
         shutil.copytree(setting.directory, folder, dirs_exist_ok=True)
         return setting.config
@@ -659,7 +663,7 @@ def test_bad_input_gives_a_one_line_error(argv, words, capsys):
 
 
 @pytest.mark.parametrize("stderr, reason", [("a\nb: c\n", "b: c"), ("", "it printed no error")])
-def test_the_error_of_a_failed_process_is_reported(stderr, reason, monkeypatch, tmp_path):
+def test_the_error_says_why_a_new_process_failed(stderr, reason, monkeypatch, tmp_path):
     setting = Setting(tmp_path, SHAPE, "tiny", "cpu", torch.float32, False, 3)
     done = types.SimpleNamespace(returncode=1, stderr=stderr)
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *args, **named: done)
@@ -669,7 +673,7 @@ def test_the_error_of_a_failed_process_is_reported(stderr, reason, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_separate_process_gives_the_same_logits(setting):
+def test_a_new_process_gives_the_same_logits(setting):
     """The new process uses the dtype of the setting, here bfloat16."""
     exact, half = setting, replace(setting, dtype=torch.bfloat16)
     here, rounded = (
@@ -706,7 +710,7 @@ def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert {row["contender"] for row in compiled} >= {"miniclip, compiled", "transformers"}
 
 
-def test_the_cost_of_the_large_product_is_scaled_to_the_work_of_256_images(monkeypatch):
+def test_the_cost_of_the_large_matrix_product_is_scaled_to_256_images(monkeypatch):
     costs = itertools.count(1.0)
     monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
     ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
@@ -715,7 +719,7 @@ def test_the_cost_of_the_large_product_is_scaled_to_the_work_of_256_images(monke
     assert row.work in "vision: 256 images, L/14, bfloat16"
 
 
-def test_the_targets_of_a_gpu_are_ratios_of_medians():
+def test_the_gpu_script_compares_its_speed_targets_with_ratios_of_medians():
     def row(suite, work, contender, seconds):
         return Row(suite, work, 1, "images", contender, 0.0, (0.0, seconds, 9.0), None)
 
@@ -774,7 +778,7 @@ def test_the_theoretical_growth_includes_attention(grown, tower, tokens):
     assert work in [row.theory for row in grown if row.axis == axis]
 
 
-def test_growth_compares_each_size_with_the_one_before():
+def test_the_growth_table_compares_each_size_with_the_previous_size():
     rows = [bench.Growth("rows", 10**i, s, None, 10.0**i) for i, s in enumerate((1, 5, 100))]
     cells = [line.split()[-1] for line in bench.growth_table(rows).splitlines()[3:]]
     assert cells == ["ms", "0.50", "2.00"]
@@ -786,7 +790,9 @@ def test_growth_measures_the_memory_that_the_work_takes():
 
 
 @pytest.mark.slow
-def test_growth_is_printed_and_drawn(grown, tmp_path, monkeypatch, capsys):
+def test_the_growth_option_prints_a_table_or_json_and_draws_it(
+    grown, tmp_path, monkeypatch, capsys
+):
     asked = []
     monkeypatch.setattr("miniclip.commands.bench.keep_freed_memory", lambda: asked.append("memory"))
     monkeypatch.setattr(bench, "growth", lambda *args: asked.append(args) or grown)

@@ -55,7 +55,7 @@ DISTINCT = CLIPConfig(
 # -------------------------------------------------------------------- the same as in transformers
 
 
-def test_the_test_config_has_no_number_twice():
+def test_all_numbers_of_the_test_config_are_different():
     values = [v for tower in (DISTINCT.vision, DISTINCT.text) for v in vars(tower).values()]
     numbers = [v for v in values if v is not None and v is not False]
     numbers += [DISTINCT.embed_dim, DISTINCT.logit_scale_init]
@@ -68,7 +68,7 @@ def test_the_test_config_has_no_number_twice():
 
 
 @pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])
-def test_transformers_reads_what_we_write(config, tmp_path):
+def test_transformers_reads_a_config_written_by_miniclip(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(theirs) is transformers.CLIPConfig
@@ -78,7 +78,7 @@ def test_transformers_reads_what_we_write(config, tmp_path):
 
 
 @pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])
-def test_we_read_what_transformers_writes(config, tmp_path):
+def test_miniclip_reads_a_config_written_by_transformers(config, tmp_path):
     theirs = transformers_config(config)
     assert_same_meaning(config, theirs)
     theirs.save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def test_we_read_what_transformers_writes(config, tmp_path):
 
 
 @pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])
-def test_to_dict_and_back_is_the_same_config(config):
+def test_from_dict_restores_the_config_from_the_output_of_to_dict(config):
     assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -98,7 +98,7 @@ def test_to_dict_and_back_is_the_same_config(config):
     (None, "projection_dim"),
     (None, "logit_scale_init_value"),
 ])  # fmt: skip
-def test_an_absent_field_has_transformers_default(section, field):
+def test_an_absent_field_has_the_default_of_transformers(section, field):
     config = CLIPConfig(logit_scale_init=1.5, embed_dim=44).to_dict()
     del (config[section] if section else config)[field]
     assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(config))
@@ -110,7 +110,7 @@ def test_an_absent_field_has_transformers_default(section, field):
     {"model_type": "clip", "vision_config": {"patch_size": 16}},
     {"vision_config_dict": {"patch_size": 16}, "text_config_dict": None},
 ], ids=["empty sections", "no model_type", "no text section", "only the old section"])  # fmt: skip
-def test_transformers_reads_sparse_configs_in_the_same_way(config):
+def test_miniclip_reads_incomplete_configs_as_transformers_does(config):
     # a copy, because transformers changes the dictionary it is given
     copy = json.loads(json.dumps(config))
     assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(copy))
@@ -139,7 +139,7 @@ def test_fields_that_the_model_does_not_need_are_ignored():
     assert CLIPConfig.from_dict(config) == CLIPConfig()
 
 
-def test_the_published_safety_checker_is_a_clip_l14(data):
+def test_the_published_config_of_the_safety_checker_describes_a_clip_l14(data):
     config = json.loads((data / "configs/sd15_safety_checker_config.json").read_text())
     ours = CLIPConfig.from_dict(config)
     assert (ours.vision.width, ours.vision.layers, ours.vision.heads) == (1024, 24, 16)
@@ -155,7 +155,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     "sd15_text_encoder_config.json",
     "sd21_text_encoder_config.json",
 ])  # fmt: skip
-def test_a_published_config_of_a_single_tower_is_an_error(data, name):
+def test_a_published_config_of_one_tower_is_an_error_for_clip_config(data, name):
     config = json.loads((data / "configs" / name).read_text())
     with pytest.raises(ValueError, match=f"model_type is '{config['model_type']}'"):
         CLIPConfig.from_dict(config)
@@ -200,7 +200,7 @@ def test_special_tokens_must_be_in_the_vocabulary(cls, field, value):
     (lambda: CLIPConfig(vision=TextConfig()), "vision must be a VisionConfig, not TextConfig"),
     (lambda: CLIPConfig(text={}), "text must be a TextConfig, not dict"),
 ])  # fmt: skip
-def test_values_that_do_not_fit_each_other_are_named(make, message):
+def test_the_error_names_inconsistent_or_invalid_values(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
@@ -218,7 +218,7 @@ def test_values_that_do_not_fit_each_other_are_named(make, message):
     (lambda: TextConfig(layers=2, heads=(4, 8)), "different numbers of heads need a head_width"),
     (lambda: TextConfig(head_width=0), "head_width is 0; expected a positive whole number"),
 ])  # fmt: skip
-def test_numbers_beyond_their_limits_are_named(make, message):
+def test_the_error_names_numbers_beyond_their_limits(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
@@ -247,7 +247,7 @@ def test_a_number_that_all_layers_share_is_stored_once():
     {"text": TextConfig(layers=2, heads=(3, 5), head_width=64)},
     {"text": TextConfig(layers=2, mlp_width=(3, 5))},
 ], ids=["registers", "oblong", "vision heads", "text heads", "lost heads", "lost MLP"])  # fmt: skip
-def test_transformers_cannot_load_a_model_that_it_would_run_wrongly(change):
+def test_transformers_raises_an_error_for_a_config_that_it_cannot_express(change):
     config = CLIPConfig(**change)
     written = json.loads(json.dumps(config.to_dict()))
     assert CLIPConfig.from_dict(written) == config
@@ -295,7 +295,7 @@ def test_logit_scale_init_must_be_finite(value):
     ({"vision_config": {}, "text_config": {"eos_token_id": [2]}}, "in text_config: TextConfig: "),
     ({"vision_config": {}, "projection_dim": None}, "CLIPConfig: embed_dim is None"),
 ])  # fmt: skip
-def test_a_config_without_a_clip_is_an_error(config, message):
+def test_a_config_that_does_not_describe_a_clip_model_is_an_error(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         CLIPConfig.from_dict(config)
 
@@ -312,7 +312,7 @@ def test_a_partial_patch_is_dropped(size, patch, patches):
 
 
 @pytest.mark.parametrize("size", [(64, 33), (66, 39)])
-def test_an_image_that_is_not_square_has_its_rows_first(size):
+def test_the_size_of_an_image_that_is_not_square_is_height_then_width(size):
     config = VisionConfig(image_size=size, patch_size=8)
     assert (config.height_width, config.grid, config.patches) == (size, (8, 4), 32)
     with pytest.raises(ValueError, match=re.escape(f"image_size is {size}; an ImageTransform")):
@@ -322,7 +322,7 @@ def test_an_image_that_is_not_square_has_its_rows_first(size):
 # ---------------------------------------------------------------------------------------- the files
 
 
-def test_a_config_file_of_a_million_bytes_is_read_and_a_longer_one_is_not(tmp_path):
+def test_a_config_file_of_more_than_a_million_bytes_is_an_error(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": 1}'.ljust(10**6))
     assert read_json(path) == {"a": 1}
@@ -331,7 +331,7 @@ def test_a_config_file_of_a_million_bytes_is_read_and_a_longer_one_is_not(tmp_pa
         read_json(path)
 
 
-def test_a_message_quotes_only_the_ends_of_a_long_value():
+def test_a_message_quotes_only_the_start_and_end_of_a_long_value():
     text = shown("a" * 500 + "b" * 500)
     assert len(text) == 100 and text.startswith("'aaa") and text.endswith("bbb'")
     assert shown(10**9) == "1000000000" and shown("short") == "'short'"
@@ -371,7 +371,7 @@ AS_PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_shapes_are_the_published_ones(name):
+def test_presets_have_the_shapes_of_the_published_configs(name):
     published = CLIPConfig.from_fields(from_open_clip({"model_cfg": AS_PUBLISHED[name]}))
     text = dataclasses.replace(published.text, eos_token_id=49407)  # open_clip states no end token
     assert PUBLISHED[name] == dataclasses.replace(published, text=text)

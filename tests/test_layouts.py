@@ -245,7 +245,7 @@ NO_NUMBERS = "ignore:.*read as OpenAI's"
 @pytest.mark.slow
 @pytest.mark.filterwarnings(NO_NUMBERS)
 @pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
-def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
+def test_from_pretrained_loads_an_openai_state_dict_without_a_config(tmp_path, inputs, name):
     peer = original(OPENAI)
     if name == "epoch_1.pt":  # as open_clip saves it when it trains on several GPUs
         tensors = {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}
@@ -275,7 +275,7 @@ def mutations():
 
 @pytest.mark.filterwarnings(NO_NUMBERS)
 @pytest.mark.parametrize("fault", mutations(), ids=lambda fault: fault.__name__)
-def test_a_fault_in_the_mapping_is_noticed(tmp_path, inputs, fault):
+def test_a_fault_in_the_loaded_model_changes_the_embeddings(tmp_path, inputs, fault):
     peer = original(OPENAI)
     model = CLIP.from_pretrained(write_openai(tmp_path / "x.pt", peer), dtype=torch.float64)
     fault(model)
@@ -283,13 +283,13 @@ def test_a_fault_in_the_mapping_is_noticed(tmp_path, inputs, fault):
         assert_same_embeddings(model, peer, *inputs)
 
 
-def test_a_file_that_may_come_from_openai_or_open_clip_gives_a_warning(tmp_path):
+def test_a_file_that_openai_or_open_clip_could_have_written_gives_a_warning(tmp_path):
     path = write_openai(tmp_path / "x.pt", original(OPENAI))
     with pytest.warns(UserWarning, match="read as OpenAI's.*open_clip_config.json"):
         CLIP.from_pretrained(path)
 
 
-def test_openais_mixed_precision_is_read_and_kept(tmp_path, inputs):
+def test_dtype_none_and_convert_keep_the_mixed_precision_of_an_openai_file(tmp_path, inputs):
     """On a GPU, `clip.load` makes matrices float16 and leaves the rest float32."""
     peer = original(OPENAI, torch.float32)
     mixed = {n: t.half() if t.ndim > 1 else t for n, t in peer.state_dict().items()}
@@ -338,7 +338,7 @@ def archive(tmp_path_factory):
     return peer, path
 
 
-def test_a_torchscript_archive_is_read_without_its_code(archive, inputs, monkeypatch):
+def test_a_torchscript_archive_is_loaded_without_running_its_code(archive, inputs, monkeypatch):
     peer, path = archive
     monkeypatch.setattr(torch.jit, "load", None)
     model = CLIP.from_pretrained(path, dtype=torch.float64)
@@ -368,7 +368,7 @@ def no_storage(name, data):
 
 
 @pytest.mark.parametrize("change", [other_function, short_storage, no_storage])
-def test_an_archive_with_false_contents_is_an_error(archive, tmp_path, change):
+def test_an_archive_with_unsafe_or_incomplete_contents_is_an_error(archive, tmp_path, change):
     rezip(archive[1], tmp_path / "x.pt", change)
     assert change is no_storage or (tmp_path / "x.pt").stat().st_size
     with pytest.raises(CheckpointError, match="x.pt: the weights file cannot be read"):
@@ -384,7 +384,7 @@ def test_an_archive_with_compressed_pickles_is_an_error(archive, tmp_path):
         read_tensors(tmp_path / "x.pt")
 
 
-def test_a_causal_mask_among_the_buffers_is_accepted_and_another_mask_is_not(tmp_path):
+def test_a_stored_causal_mask_is_accepted_and_a_wrong_mask_is_an_error(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path, layout="openai")
     path = tmp_path / "model.safetensors"
@@ -397,7 +397,7 @@ def test_a_causal_mask_among_the_buffers_is_accepted_and_another_mask_is_not(tmp
 
 
 @pytest.mark.slow
-def test_a_file_is_mapped_again_after_16_megabytes_and_not_for_each_tensor(tmp_path, monkeypatch):
+def test_a_file_is_memory_mapped_again_only_after_every_16_megabytes(tmp_path, monkeypatch):
     opened = []
 
     def counted(*args, **kwargs):
@@ -437,7 +437,7 @@ def test_load_finds_the_image_size_of_an_openai_file(tmp_path):
     assert CLIPConfig.from_pretrained(tmp_path) == loaded.model.config
 
 
-def test_a_config_for_an_openai_file_may_leave_out_the_image_size(tmp_path):
+def test_a_config_for_an_openai_file_does_not_need_the_image_size(tmp_path):
     tokenizer = Tokenizer.from_pretrained("shapes")
     text = replace(OPENAI.text, vocab_size=tokenizer.vocab_size)
     vision = replace(OPENAI.vision, image_size=224, patch_size=32)
@@ -479,7 +479,9 @@ def test_a_config_for_an_openai_file_may_leave_out_the_image_size(tmp_path):
         ({"more": torch.zeros(2)}, r"unexpected: more \(2,\)"),
     ],
 )
-def test_a_file_that_is_not_a_clip_in_openais_layout_is_an_error(packed, tmp_path, change, message):
+def test_a_wrong_missing_or_unexpected_tensor_in_an_openai_file_is_an_error(
+    packed, tmp_path, change, message
+):
     tensors = packed | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -495,7 +497,7 @@ def test_a_file_that_is_not_a_clip_in_openais_layout_is_an_error(packed, tmp_pat
         ("visual.trunk.cls_token", "vision_cfg", "timm_model_name", "vit_base_patch16_224"),
     ],
 )
-def test_the_error_for_another_architecture_of_open_clip_names_the_field(
+def test_the_error_for_an_unsupported_open_clip_architecture_names_the_field(
     tmp_path, tensor, section, field, value
 ):
     CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
@@ -521,7 +523,7 @@ def test_an_invalid_preprocess_cfg_of_open_clip_is_an_error(tmp_path, value):
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["plain", "custom_text"])
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
-def test_the_layout_of_open_clip_is_read(tmp_path, inputs, custom_text, quick_gelu):
+def test_from_pretrained_reads_the_layout_of_open_clip(tmp_path, inputs, custom_text, quick_gelu):
     config = variant(act="quick_gelu" if quick_gelu else "gelu")
     peer = original(config)
     changes = {"quick_gelu": True} if quick_gelu else {}
@@ -534,7 +536,7 @@ def test_the_layout_of_open_clip_is_read(tmp_path, inputs, custom_text, quick_ge
     assert transform == ImageTransform(64, image_mean=(0.5,) * 3, image_std=(0.3,) * 3)
 
 
-def test_heads_and_eps_of_open_clip_are_read(tmp_path, inputs):
+def test_the_model_uses_the_heads_and_eps_of_an_open_clip_config(tmp_path, inputs):
     settings = json.loads(json.dumps(OPEN_CLIP))
     settings["vision_cfg"] |= {"head_width": 32, "norm_kwargs": {"eps": 1e-3}}
     settings["text_cfg"] |= {"norm_kwargs": {"eps": 1e-2}}
@@ -570,7 +572,7 @@ DISTINCT_OPEN_CLIP = {  # the fields of open_clip's CLIPVisionCfg and CLIPTextCf
 }  # fmt: skip
 
 
-def test_each_field_has_its_place_in_open_clips_config():
+def test_each_field_is_converted_to_open_clip_and_back():
     assert to_open_clip(asdict(DISTINCT)) == DISTINCT_OPEN_CLIP
     assert CLIPConfig.from_fields(from_open_clip({"model_cfg": DISTINCT_OPEN_CLIP})) == DISTINCT
 
@@ -583,7 +585,7 @@ def test_an_eps_is_written_for_open_clip_only_if_it_is_not_the_default():
     assert "norm_kwargs" in written["vision_cfg"] and "norm_kwargs" not in written["text_cfg"]
 
 
-def test_an_absent_field_has_open_clips_default():
+def test_an_absent_field_has_the_default_of_open_clip():
     """The defaults of CLIPVisionCfg and CLIPTextCfg describe a ViT-B/16 with exact GELU."""
     empty = {"model_cfg": {"embed_dim": 9, "vision_cfg": {}, "text_cfg": {}}}
     assert CLIPConfig.from_fields(from_open_clip(empty)) == CLIPConfig(
@@ -629,7 +631,7 @@ def test_optional_fields_of_open_clip_are_read():
         ("", "output_dict", [True]),
     ],
 )
-def test_an_open_clip_field_that_changes_no_number_is_accepted(section, field, values):
+def test_an_open_clip_field_that_does_not_change_the_output_is_accepted(section, field, values):
     """A field may be empty, or have a value that does not change the output."""
     for value in [0, "", {}, None, False, *values]:
         settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
@@ -683,7 +685,7 @@ def test_an_open_clip_field_that_changes_no_number_is_accepted(section, field, v
         ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls"),
     ],
 )
-def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, change, message):
+def test_an_unsupported_or_invalid_open_clip_field_is_an_error(tmp_path, section, change, message):
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
     (settings["model_cfg"][section] if section else settings["model_cfg"]).update(change)
     with pytest.raises(ValueError, match=message):
@@ -727,7 +729,7 @@ TOKENIZING = [
 
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZING)
-def test_settings_that_change_open_clips_tokens_are_an_error(tmp_path, change, message):
+def test_open_clip_settings_that_change_the_tokens_are_an_error(tmp_path, change, message):
     path = tmp_path / "open_clip_config.json"
     path.write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
@@ -747,7 +749,7 @@ def test_settings_that_change_open_clips_tokens_are_an_error(tmp_path, change, m
         {"tokenizer_kwargs": {"clean": "whitespace"}, "hf_tokenizer_name": "openai/clip-vit-l"},
     ],
 )
-def test_settings_that_do_not_change_open_clips_tokens_are_accepted(tmp_path, change):
+def test_open_clip_settings_that_do_not_change_the_tokens_are_accepted(tmp_path, change):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
     plain = Tokenizer.from_pretrained(tmp_path)
@@ -774,19 +776,19 @@ def test_settings_that_do_not_change_open_clips_tokens_are_accepted(tmp_path, ch
         ({"mean": [0.5]}, "image_mean"),
     ],
 )
-def test_an_open_clip_transform_that_no_clip_has_is_an_error(tmp_path, change, message):
+def test_an_unsupported_transform_of_open_clip_is_an_error(tmp_path, change, message):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
         ImageTransform.from_pretrained(tmp_path)
 
 
-def test_open_clip_may_give_a_square_size_as_two_numbers():
+def test_an_open_clip_size_of_two_equal_numbers_is_accepted():
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": [32, 32], "fill_color": 0}}
     assert preprocessing_from_open_clip(settings)["size"] == 32
 
 
-def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
+def test_each_transform_setting_is_converted_to_open_clip_and_back():
     """The settings become fields of PreprocessCfg in open_clip's transform.py."""
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     transform = ImageTransform(40, image_mean=mean, image_std=std)
@@ -801,7 +803,7 @@ def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
         preprocessing_to_open_clip(asdict(replace(transform, crop_size=36)))
 
 
-def test_a_transform_is_saved_into_each_file_with_image_settings(tmp_path):
+def test_saving_a_transform_updates_each_file_with_image_settings(tmp_path):
     """A program may read only one of these files, so all of them must agree."""
     earlier, later = ImageTransform(40), ImageTransform(32, image_mean=(0.1, 0.2, 0.3))
     files = {
@@ -846,7 +848,7 @@ def test_conversion_to_any_layout_and_back_changes_no_bit(tmp_path, one, other, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_whole_checkpoint_is_saved_in_every_layout(tmp_path, layout):
+def test_save_writes_model_tokenizer_and_transform_in_every_layout(tmp_path, layout):
     shapes = load("shapes")
     vision = vars(OPENAI.vision) | {"image_size": 64, "patch_size": 8}
     text = vars(OPENAI.text) | {"vocab_size": shapes.tokenizer.vocab_size, "bos_token_id": 1}
@@ -891,7 +893,7 @@ UNSAYABLE = [
 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize(("config", "found", "refusing"), UNSAYABLE)
-def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing):
+def test_the_error_names_the_field_that_a_layout_cannot_express(tmp_path, config, found, refusing):
     with meta_device():
         unweighted = CLIP(config)
     for layout in refusing:
@@ -910,7 +912,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
         assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_saving_open_clip_files_is_an_error_if_load_would_read_other_weights(tmp_path):
+def test_saving_is_an_error_if_load_would_then_read_an_older_weights_file(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
@@ -918,7 +920,7 @@ def test_saving_open_clip_files_is_an_error_if_load_would_read_other_weights(tmp
     assert_same_model(CLIP.from_pretrained(tmp_path), model)
 
 
-def test_the_mlp_width_is_restored_from_open_clips_mlp_ratio():
+def test_the_mlp_width_is_restored_from_the_mlp_ratio_of_open_clip():
     # For the last pair, float64 rounding makes mlp_ratio * width smaller than mlp_width.
     for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000), (13, 63)]:
         vision = VisionConfig(width=width, heads=1, mlp_width=mlp_width)
@@ -932,7 +934,7 @@ def read_shapes(tensors):
     return CLIPConfig.from_fields(fields)
 
 
-def test_the_whole_config_of_an_openai_file_follows_from_its_shapes():
+def test_the_shapes_of_openai_tensors_determine_every_field_of_the_config():
     """miniclip would not save this file, because the model takes images of four channels."""
     config = CLIPConfig(
         VisionConfig(192, 5, 3, 240, image_size=84, patch_size=12, channels=4),
@@ -946,7 +948,7 @@ def test_the_whole_config_of_an_openai_file_follows_from_its_shapes():
     assert read_shapes(tensors | numbers) == config
 
 
-def test_openais_fused_tensors_share_no_memory_with_the_model():
+def test_the_fused_qkv_tensors_for_openai_share_no_memory_with_the_model():
     model = CLIP(OPENAI)
     packed = pack(model.state_dict(), LAYOUTS["openai"])
     name = "visual.transformer.resblocks.0.attn.in_proj_weight"
@@ -954,7 +956,7 @@ def test_openais_fused_tensors_share_no_memory_with_the_model():
     assert model.vision.blocks[0].attn.q_proj.weight.any()
 
 
-def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
+def test_convert_reports_the_tensor_names_of_source_and_destination(tmp_path):
     CLIP(OPENAI).save_pretrained(tmp_path / "a")
     done = convert(tmp_path / "a", tmp_path / "b", "openai")
     rows = {row.name: row for row in done.parameters}
@@ -965,7 +967,7 @@ def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
     assert rows["vision.proj.weight"].destination == ("visual.proj", "T")
 
 
-def test_a_file_without_vocabulary_takes_another_checkpoints_vocabulary(tmp_path, capsys):
+def test_a_file_without_vocabulary_gets_the_tokenizer_given_to_convert(tmp_path, capsys):
     """OpenAI's own files have no vocabulary, because it is part of OpenAI's code."""
     tokenizer = load("shapes").tokenizer
     text = vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}
@@ -1023,7 +1025,7 @@ PEERS = {
 @pytest.mark.parametrize("prefixed", [True, False, None], ids=["prefix", "as saved", "no prefix"])
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
-def test_one_tower_of_transformers_is_read(tmp_path, name, prefixed):
+def test_load_reads_one_tower_saved_by_transformers(tmp_path, name, prefixed):
     model_class, config_class, shape = PEERS[name]
     kind = name.partition(",")[0]
     peer = model_class(config_class(**shape))
@@ -1065,7 +1067,7 @@ def test_one_tower_of_transformers_is_read(tmp_path, name, prefixed):
         CLIPConfig.from_pretrained(tmp_path)
 
 
-def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
+def test_from_pretrained_reads_one_tower_of_a_checkpoint_with_two_towers(tmp_path):
     model = twins(TINY)[0]
     model.save_pretrained(tmp_path)
     vision, text = VisionTower.from_pretrained(tmp_path), TextTower.from_pretrained(tmp_path)
@@ -1076,7 +1078,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 
-def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
+def test_loading_a_text_tower_returns_the_tokenizer_but_no_transform(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
     assert load(tmp_path)[1:] == (None, None)  # this folder has no tokenizer and no transform
@@ -1135,7 +1137,7 @@ def test_presets_have_the_shapes_of_the_published_files(data, preset, file):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_weight_that_is_not_finite_is_named_and_loaded_as_it_is(tmp_path, value):
+def test_load_warns_of_weights_that_are_not_finite_and_does_not_change_them(tmp_path, value):
     model = twins(TINY)[0]
     model.vision.blocks[1].mlp.fc1.bias.data[3] = value
     model.text.pos_embed.data[0, 0] = value
@@ -1159,7 +1161,7 @@ def test_large_weights_whose_sum_overflows_give_no_warning(tmp_path):
     assert torch.equal(loaded.vision.pos_embed, model.vision.pos_embed)
 
 
-def test_weights_in_float8_are_loaded_as_they_are_and_checked(tmp_path):
+def test_float8_weights_are_loaded_unchanged_and_checked_for_nan(tmp_path):
     twins(TINY)[0].save_pretrained(tmp_path)
     path, dtype = tmp_path / "model.safetensors", torch.float8_e4m3fn
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
@@ -1206,7 +1208,7 @@ def random_weights(model):
 
 
 @pytest.mark.filterwarnings(NO_NUMBERS)
-def test_openais_own_class_gives_the_same_embeddings(openai_model, tmp_path, inputs):
+def test_the_original_class_of_openai_gives_the_same_embeddings(openai_model, tmp_path, inputs):
     peer = random_weights(openai_model.CLIP(48, 64, 3, 128, 16, 20, 500, 64, 1, 2))
     torch.save(peer.state_dict(), tmp_path / "x.pt")
     pixels, ids = inputs
@@ -1220,7 +1222,7 @@ def test_openais_own_class_gives_the_same_embeddings(openai_model, tmp_path, inp
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_open_clips_own_classes_give_the_same_embeddings(
+def test_the_original_classes_of_open_clip_give_the_same_embeddings(
     open_clip, tmp_path, inputs, custom_text, quick_gelu
 ):
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP

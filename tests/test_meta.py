@@ -90,7 +90,7 @@ INSTRUMENTS = {
 
 
 @pytest.mark.parametrize("name", [*FORWARD, *INSTRUMENTS])
-def test_no_method_waits_for_the_device(name, inputs):
+def test_no_forward_pass_or_instrument_waits_for_the_device(name, inputs):
     with OnlyMeta():
         (FORWARD | INSTRUMENTS)[name](*inputs)
 
@@ -109,7 +109,7 @@ def test_a_training_step_does_not_wait_for_the_device(inputs):
     adam.step()  # outside OnlyMeta, because Adam keeps its number of steps on the CPU
 
 
-def test_an_edit_that_waits_for_the_device_is_noticed(inputs):
+def test_an_edit_that_waits_for_the_device_raises_an_error(inputs):
     model, pixels, _ = inputs
     for wrong in (lambda z, name: z * z.sum().item(), lambda z, name: z * torch.ones(3).sum()):
         with OnlyMeta(), hooks(model, {"vision.blocks.1.attn.z": wrong}):

@@ -146,14 +146,14 @@ def test_quick_gelu_equals_its_formula():
     assert difference(F.gelu(x), expected) > 0.02  # QuickGELU is not GELU
 
 
-def test_unit_norm_divides_by_the_length():
+def test_unit_norm_divides_each_vector_by_its_l2_norm():
     x = torch.randn(5, 7, dtype=torch.float64)
     rows = [[v / math.sqrt(math.fsum(w * w for w in row)) for v in row] for row in x.tolist()]
     assert difference(unit_norm(x), torch.tensor(rows, dtype=torch.float64)) < 1e-15
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
-def test_a_token_sees_itself_and_the_tokens_before_it(kind):
+def test_a_token_in_causal_attention_sees_itself_and_earlier_tokens(kind):
     attention = Attention(12, 3, causal=True).double()
     attention.eager = kind == "eager"
     x = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
@@ -162,7 +162,7 @@ def test_a_token_sees_itself_and_the_tokens_before_it(kind):
         assert (gradient[0].abs().sum(-1) > 0).tolist() == [s <= t for s in range(6)]
 
 
-def test_attention_without_a_mask_sees_everything():
+def test_a_token_in_attention_without_a_mask_sees_all_tokens():
     x = torch.randn(1, 6, 12, requires_grad=True)
     Attention(12, 3, causal=False)(x)[0, 0].square().sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
@@ -230,7 +230,7 @@ def openai_init_stds(config):
     return stds
 
 
-def test_init_follows_openai():
+def test_weights_are_initialized_as_in_the_code_of_openai():
     config = CLIPConfig(
         vision=VisionConfig(width=192, layers=1, heads=4, mlp_width=400, patch_size=16),
         text=TextConfig(width=128, layers=3, heads=4, mlp_width=300, vocab_size=1000,
@@ -274,7 +274,7 @@ OFFICIAL = ("B/32", "B/16", "L/14", "L/14-336")
 
 @pytest.mark.sweep(7)
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_counts_are_the_published_ones(name):
+def test_parameter_counts_equal_the_published_counts(name):
     with meta_device():
         model = CLIP(PUBLISHED[name])
         theirs = CLIPModel(transformers_config(PUBLISHED[name]))
@@ -294,7 +294,7 @@ TINYCLIP = {
 
 
 @pytest.mark.parametrize("name", TINYCLIP)
-def test_tinyclips_towers_have_the_sizes_in_their_names_and_use_exact_gelu(name):
+def test_tinyclip_towers_have_the_sizes_in_their_names_and_use_exact_gelu(name):
     with meta_device():
         model = CLIP(PUBLISHED[name])
     vision, text = (
@@ -333,7 +333,7 @@ def residual_stream(tower, seed=3):
 
 
 @torch.no_grad()
-def test_embeddings_equal_transformers(double):
+def test_embedded_tokens_equal_those_of_transformers(double):
     ours, theirs, pixels, ids = double
     vision = theirs.vision_model
     expected = vision.pre_layrnorm(vision.embeddings(pixels))
@@ -344,7 +344,7 @@ def test_embeddings_equal_transformers(double):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_attention_equals_transformers(double, tower, kind):
+def test_attention_gives_the_same_output_as_in_transformers(double, tower, kind):
     ours, theirs = modules(double, tower)
     x = residual_stream(tower)
     for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
@@ -356,7 +356,7 @@ def test_attention_equals_transformers(double, tower, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tower", TOWERS)
-def test_mlp_and_layer_norms_equal_transformers(double, tower):
+def test_mlp_and_layer_norms_give_the_same_output_as_in_transformers(double, tower):
     ours, theirs = modules(double, tower)
     x = residual_stream(tower)
     for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
@@ -367,7 +367,7 @@ def test_mlp_and_layer_norms_equal_transformers(double, tower):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tower", TOWERS)
-def test_blocks_equal_transformers(double, tower):
+def test_blocks_give_the_same_output_as_in_transformers(double, tower):
     ours, theirs = modules(double, tower)
     x = residual_stream(tower)
     for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
@@ -375,7 +375,7 @@ def test_blocks_equal_transformers(double, tower):
 
 
 @torch.no_grad()
-def test_hidden_states_pooled_and_projected_equal_transformers(double):
+def test_hidden_states_pooled_outputs_and_embeddings_equal_those_of_transformers(double):
     ours, theirs, pixels, ids = double
     for tower, x in (("vision", pixels), ("text", ids)):
         mine, peer = modules(double, tower)
@@ -398,13 +398,13 @@ def test_hidden_states_pooled_and_projected_equal_transformers(double):
     assert difference(ours.encode_text(ids), text) < FLOAT64
 
 
-def test_logits_equal_transformers(double):
+def test_logits_equal_those_of_transformers(double):
     ours, theirs, pixels, ids = double
     assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < FLOAT64
 
 
 @torch.no_grad()
-def test_every_site_is_the_tensor_that_its_name_says(double):
+def test_every_site_gives_the_same_tensor_as_in_transformers(double):
     """transformers' sdpa attention returns no scores and no pattern, so formulas compute them."""
     ours, theirs, pixels, ids = double
     seen, _ = watch(ours, site_shapes(TINY, B=2, C=3, T=9), pixels, ids)
@@ -479,7 +479,7 @@ def transformers_sites(theirs, pixels, ids):
 
 
 @torch.no_grad()
-def test_pattern_equals_transformers_attentions_up_to_float32_rounding():
+def test_pattern_equals_the_attentions_of_transformers_up_to_float32_rounding():
     pixels, ids = random_inputs(TINY)
     ours, theirs = twins(TINY, attention="eager", dtype=torch.float64)
     for tower, x in (("vision", pixels.double()), ("text", ids)):
@@ -504,7 +504,7 @@ def assert_bit_equal(ours, theirs, pixels, ids):
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_float32_is_bit_equal_at_every_batch_size(attention):
+def test_float32_outputs_are_bit_equal_to_those_of_transformers_at_every_batch_size(attention):
     ours, theirs = twins(TINY, attention=attention)
     for batch in range(1, 17):
         inputs = random_inputs(TINY, images=batch, texts=17 - batch, tokens=4 + batch, seed=batch)
@@ -541,7 +541,7 @@ UNUSUAL = {
 
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_models_of_unusual_shapes_equal_transformers(name, device):
+def test_models_of_unusual_shapes_give_the_same_output_as_in_transformers(name, device):
     config = UNUSUAL[name]
     tokens = config.text.context_length if "context" in name else 9
     pixels, ids = (x.to(device) for x in random_inputs(config, tokens=tokens))
@@ -553,7 +553,7 @@ def test_models_of_unusual_shapes_equal_transformers(name, device):
     assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < FLOAT64
 
 
-def test_custom_end_token_is_not_the_largest_id():
+def test_the_custom_end_token_and_the_largest_id_have_different_positions():
     """A model finds the end token by its id, or takes the largest id. The test above can
     distinguish these two rules only if they give different positions."""
     config = UNUSUAL["end token below added ones"]
@@ -564,7 +564,9 @@ def test_custom_end_token_is_not_the_largest_id():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_shapes_at_full_width_equal_transformers(name, device, two_threads):
+def test_models_of_official_width_give_the_same_output_as_in_transformers(
+    name, device, two_threads
+):
     """B/32 has its full depth. The other shapes have two layers in each tower."""
     config = PUBLISHED[name]
     if name != "B/32":
@@ -580,7 +582,7 @@ def test_official_shapes_at_full_width_equal_transformers(name, device, two_thre
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_are_close_to_transformers_on_every_device(attention, device):
+def test_logits_are_close_to_those_of_transformers_on_every_device(attention, device):
     ours, theirs = twins(TINY, attention=attention, device=device)
     pixels, ids = (x.to(device) for x in random_inputs(TINY, images=8, texts=8, tokens=20))
     assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < CUDA
@@ -589,7 +591,7 @@ def test_logits_are_close_to_transformers_on_every_device(attention, device):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
+def test_half_precision_is_as_accurate_as_in_transformers(dtype, attention, device):
     pixels, ids = (x.to(device) for x in random_inputs(TINY, images=16, texts=16, tokens=20))
     ours, theirs = twins(TINY, attention=attention, dtype=dtype, device=device)
     exact = logits(copy.deepcopy(ours).double(), pixels.to(dtype).double(), ids)
@@ -604,7 +606,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 
 
 @torch.no_grad()
-def test_nothing_after_the_end_token_can_reach_the_embedding():
+def test_tokens_after_the_end_token_do_not_change_the_embedding():
     """Causal attention hides the later tokens, so the text tower needs no padding mask."""
     model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
@@ -644,7 +646,7 @@ def test_no_edit_of_the_scores_makes_later_tokens_visible(edit):
     assert (difference(edited, plain) > 1e-3) == (edit != "NaN at later tokens")
 
 
-def test_a_temperature_has_the_same_gradient_on_the_scores_as_on_q():
+def test_a_temperature_on_the_scores_has_the_same_gradient_as_on_q():
     """The causal mask is applied after the site `scores`. If it were applied before, some scores
     would be -inf, and the gradient of the temperature would be 0 * -inf, which is NaN."""
     model, (_, ids) = tiny_clip(torch.float64), random_inputs(TINY)
@@ -657,13 +659,13 @@ def test_a_temperature_has_the_same_gradient_on_the_scores_as_on_q():
     assert slopes[0].abs() > 1e-3 and difference(slopes[0], slopes[1]) < FLOAT64
 
 
-def test_text_is_read_at_its_first_end_token():
+def test_the_text_tower_pools_at_the_first_end_token():
     model = tiny_clip().text
     end = TINY.text.eos_token_id
     assert model.eos_positions(torch.tensor([[1, end, 2, end], [end, 1, 1, 1]])).tolist() == [1, 0]
 
 
-def test_a_row_without_an_end_token_is_an_error():
+def test_ids_without_an_end_token_are_an_error():
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
     ids[1] = 5
@@ -672,7 +674,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 
 @pytest.mark.slow
-def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
+def test_ids_without_an_end_token_give_nan_in_a_compiled_graph():
     """A compiled graph cannot raise an error, so a text without an end token is encoded as NaN."""
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
@@ -700,13 +702,13 @@ def test_too_many_tokens_are_an_error():
 
 
 @pytest.mark.parametrize("size", [(3, 40, 40), (1, 4, 40, 40), (1, 3, 40, 48), (1, 3, 80, 40)])
-def test_pixels_of_another_shape_are_an_error(size):
+def test_pixels_of_a_wrong_shape_are_an_error(size):
     model = tiny_clip()
     with pytest.raises(ValueError, match=r"pixels have shape .*; .* reads \(B, 3, 40, 40\)"):
         model.encode_image(torch.zeros(size))
 
 
-def test_ids_without_a_batch_are_an_error():
+def test_ids_without_a_batch_dimension_are_an_error():
     model = tiny_clip()
     with pytest.raises(ValueError, match=r"ids have shape \(9,\); expected \(B, T\)"):
         model.encode_text(torch.zeros(9, dtype=torch.long))
@@ -731,7 +733,7 @@ def test_ids_without_a_batch_are_an_error():
         ),
     ],
 )
-def test_the_error_for_wrong_pixels_names_the_right_call(pixels, error, words):
+def test_the_error_for_wrong_pixels_shows_the_correct_call(pixels, error, words):
     with pytest.raises(error) as raised:
         tiny_clip().encode_image(pixels)
     assert all(word in str(raised.value) for word in words), raised.value
@@ -748,7 +750,7 @@ def test_the_error_for_wrong_pixels_names_the_right_call(pixels, error, words):
         (torch.tensor([[-1, 599]]), ValueError, ["from -1 to 599"]),
     ],
 )
-def test_the_error_for_wrong_ids_names_the_right_call(ids, error, words):
+def test_the_error_for_wrong_ids_shows_the_correct_call(ids, error, words):
     with pytest.raises(error) as raised:
         tiny_clip().encode_text(ids)
     assert all(word in str(raised.value) for word in words), raised.value
@@ -767,7 +769,7 @@ def test_an_empty_batch_gives_empty_outputs():
     assert model(transform([]), tokenizer(["a cat"])).logits_per_image.shape == (0, 1)
 
 
-def test_values_are_not_checked_under_vmap():
+def test_the_model_checks_no_values_under_vmap():
     """Under vmap, code cannot read the values of a tensor, so a check would raise an error."""
     model, (pixels, ids) = tiny_clip(), random_inputs(TINY)
     model.set_attention("eager")  # the fused kernel warns that vmap is slow
@@ -779,7 +781,7 @@ def test_values_are_not_checked_under_vmap():
     assert torch.vmap(model.encode_text)(ids[:, None])[0].isnan().all()
 
 
-def test_attention_of_another_kind_is_an_error():
+def test_an_unknown_kind_of_attention_is_an_error():
     model = tiny_clip()
     with pytest.raises(ValueError, match="attention kind is 'flash'; expected 'eager' or 'sdpa'"):
         model.set_attention("flash")
@@ -818,7 +820,7 @@ class Untouched(Attention):
         return self.out_proj(z.transpose(1, 2).reshape(B, T, W))
 
 
-def test_unread_sites_change_no_bit():
+def test_sites_without_hooks_change_no_bit_of_the_output():
     model = tiny_clip()
     bare = copy.deepcopy(model)
     for module in bare.modules():
@@ -832,7 +834,7 @@ def test_unread_sites_change_no_bit():
     assert torch.equal(logits(model, *inputs), logits(bare, *inputs))
 
 
-def test_sites_have_no_parameters_and_no_keys():
+def test_sites_add_no_parameters_and_no_keys_to_the_state_dict():
     model = tiny_clip()
     sites = [name for name, module in model.named_modules() if type(module) is Site]
     assert len(sites) == 7 * (TINY.vision.layers + TINY.text.layers)
@@ -845,7 +847,7 @@ READS = [name for name in SITES if not name.endswith(("pattern", "scores"))]
 
 
 @pytest.mark.parametrize("kind, names", [("eager", SITES), ("sdpa", READS)], ids=["eager", "sdpa"])
-def test_reading_changes_no_bit(kind, names):
+def test_reading_a_site_changes_no_bit_of_the_output(kind, names):
     model, _ = twins(TINY, attention=kind)
     inputs = random_inputs(TINY)
     expected = logits(model, *inputs)
@@ -854,7 +856,7 @@ def test_reading_changes_no_bit(kind, names):
 
 
 @pytest.mark.parametrize("site", ["scores", "pattern"])
-def test_reading_scores_or_pattern_changes_only_the_rounding(site):
+def test_reading_scores_or_pattern_changes_the_output_only_by_rounding_error(site):
     model = tiny_clip()
     inputs = random_inputs(TINY)
     name = f"vision.blocks.1.attn.{site}"
@@ -888,7 +890,7 @@ LOOKS += [f"module_{look}" for look in LOOKS]  # PyTorch's global hooks, which r
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("name", ["scores", "pattern"])
-def test_attention_is_eager_while_its_site_is_watched(name, look):
+def test_attention_is_eager_while_scores_or_pattern_has_a_hook(name, look):
     attention, seen = Attention(12, 3, causal=False), []
     site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
     register = getattr(module_hooks if "module" in look else site, f"register_{look}")
@@ -901,7 +903,7 @@ def test_attention_is_eager_while_its_site_is_watched(name, look):
     assert not seen
 
 
-def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
+def test_attention_is_eager_while_the_forward_of_a_site_is_patched(monkeypatch):
     attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
@@ -914,7 +916,7 @@ def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
     assert attention.scores in seen and attention.pattern in seen
 
 
-def test_a_module_in_the_place_of_a_site_is_called():
+def test_the_model_calls_a_module_that_replaces_a_site():
     model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, *inputs)
@@ -947,7 +949,7 @@ def test_zeroing_a_head_equals_zeroing_its_columns_of_out_proj():
 # ---------------------------------------------------------------------------------------- gradients
 
 
-def test_the_gradients_of_all_parameters_equal_transformers():
+def test_the_gradients_of_all_parameters_equal_those_of_transformers():
     ours, theirs = twins(TINY, dtype=torch.float64)
     pixels, ids = random_inputs(TINY, images=4, texts=4)
     target = torch.arange(4)
@@ -1050,7 +1052,7 @@ def lower_logit_scale(model):
     swapped_queries_and_keys, flipped_values, shifted_positions, read_at_a_patch,
     lower_logit_scale,
 ])  # fmt: skip
-def test_a_planted_mistake_is_noticed(fault, double):
+def test_a_planted_fault_changes_the_output_by_more_than_the_float32_tolerance(fault, double):
     ours, theirs, pixels, ids = double
     faulty = copy.deepcopy(ours)
     expected = logits(theirs, pixels, ids)
@@ -1060,7 +1062,7 @@ def test_a_planted_mistake_is_noticed(fault, double):
     assert difference(logits(faulty, pixels, ids), expected) > REORDERED
 
 
-def test_twins_share_no_memory():
+def test_a_model_and_its_copy_in_transformers_share_no_memory():
     ours, theirs = twins(TINY)
     inputs = random_inputs(TINY)
     expected = logits(theirs, *inputs)

@@ -40,18 +40,18 @@ Each notebook runs offline in under three minutes
 reads and writes all of these
     layouts: conversion_to_any_layout_and_back_changes_no_bit
 logits and every block, float32, CPU
-    model: logits_equal_transformers
-    model: float32_is_bit_equal_at_every_batch_size
+    model: logits_equal_those_of_transformers
+    model: float32_outputs_are_bit_equal_to_those_of_transformers_at_every_batch_size
 every block, head and site, float64
-    model: every_site_is_the_tensor_that_its_name_says
-    model: the_gradients_of_all_parameters_equal_transformers
+    model: every_site_gives_the_same_tensor_as_in_transformers
+    model: the_gradients_of_all_parameters_equal_those_of_transformers
 both loading the same file
     checkpoint: an_official_file_gives_the_logits_of_transformers
 operations in another order
     export: the_model_compiles_into_one_graph
     export: an_exported_graph_with_eager_attention_gives_the_outputs_of_the_model
 1.1 times the error of transformers
-    model: half_precision_is_no_worse_than_transformers
+    model: half_precision_is_as_accurate_as_in_transformers
 equal, every code point
     tokenizer: texts_have_the_ids_of_transformers
     tokenizer: texts_have_the_ids_of_openai
@@ -61,13 +61,13 @@ transformers' PIL back end
     transform: a_hundred_sizes_give_the_pixels_of_the_reference
     transform: difficult_files_give_the_pixels_of_the_reference
 transformers on the same GPU
-    model: logits_are_close_to_transformers_on_every_device
+    model: logits_are_close_to_those_of_transformers_on_every_device
 published logits and embeddings
     official: miniclip_reproduces_the_values_that_other_projects_published
 The same command now names the first site that differs, vision.pooled
     forks: a_fault_in_a_model_with_tokens_as_the_first_axis_is_named
 causality makes them unnecessary
-    model: nothing_after_the_end_token_can_reach_the_embedding
+    model: tokens_after_the_end_token_do_not_change_the_embedding
 sites add no operation and change no bit
     sites: unused_sites_add_no_operation_and_change_no_bit
 exact sum over layers, heads or tokens
@@ -90,13 +90,13 @@ warning lists the other tensors
 Saving and loading a model changes no bit
     checkpoint: load_save_load_is_bit_exact
 A warning lists the tensors with NaN or infinity
-    layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
+    layouts: load_warns_of_weights_that_are_not_finite_and_does_not_change_them
 end token come from the checkpoint
-    model: custom_end_token_is_not_the_largest_id
+    model: the_custom_end_token_and_the_largest_id_have_different_positions
     brought: metaclip_2_pools_a_text_at_its_first_token_with_id_2
-    layouts: heads_and_eps_of_open_clip_are_read
+    layouts: the_model_uses_the_heads_and_eps_of_an_open_clip_config
 layout that cannot express the model
-    layouts: a_layout_says_what_it_cannot_express
+    layouts: the_error_names_the_field_that_a_layout_cannot_express
 does not fit the model
     checkpoint: a_tokenizer_with_more_tokens_than_the_model_is_an_error
     checkpoint: a_transform_of_another_size_than_the_model_is_an_error
@@ -107,7 +107,7 @@ Code in a file never runs
     checkpoint: pickled_code_is_an_error_and_does_not_run
     hostile: faulty_pickles_raise_an_error_or_load_as_the_file_says
     hostile: pickles_made_by_hand_raise_an_error_or_load_as_the_file_says
-    layouts: a_torchscript_archive_is_read_without_its_code
+    layouts: a_torchscript_archive_is_loaded_without_running_its_code
 or it loads exactly as the file says
     hostile: faulty_safetensors_raise_an_error_or_load_as_the_file_says
     hostile: a_faulty_index_of_shards_raises_an_error_or_loads_as_the_file_says
