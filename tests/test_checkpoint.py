@@ -134,7 +134,7 @@ def official(data, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_official_file_gives_the_logits_of_transformers(official):
+def test_a_file_like_openai_clip_vit_base_patch32_gives_the_logits_of_transformers(official):
     assert (official / "model.safetensors").stat().st_size == 605_157_884
     assert len(load_file(official / "model.safetensors")) == 400
     model = CLIP.from_pretrained(official)
@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
-def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
+def test_loading_needs_only_the_memory_of_the_weights_in_the_requested_dtype(tmp_path):
     """One tensor is a third of the file. If it were converted last, the peak would be too high."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
@@ -229,7 +229,7 @@ def test_load_save_load_is_bit_exact(model, saved, tmp_path):
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_a_checkpoint_can_be_saved_over_the_file_it_is_mapped_from(model, saved):
+def test_a_loaded_model_can_be_saved_over_the_file_it_was_loaded_from(model, saved):
     loaded = CLIP.from_pretrained(saved)
     loaded.save_pretrained(saved)
     assert_same_weights(loaded, model)
@@ -259,7 +259,7 @@ ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
 
 @ZIPPED
-def test_pickled_weights_are_read_and_their_file_is_never_changed(model, saved, zipped):
+def test_changing_weights_loaded_from_a_pickle_does_not_change_the_pickle(model, saved, zipped):
     as_pickle(saved, zipped)
     loaded = CLIP.from_pretrained(saved)
     assert_same_weights(loaded, model)
@@ -276,7 +276,7 @@ DTYPES = (
 
 
 @ZIPPED
-def test_pickled_tensors_are_read_as_torch_reads_them(tmp_path, zipped):
+def test_pickled_tensors_equal_the_tensors_that_torch_load_returns(tmp_path, zipped):
     """The tensors have all dtypes. Some are views of others, such as a transpose or a slice."""
     whole = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     tensors = {str(dtype): torch.tensor([[0, 1, 2], [3, 5, 117]]).to(dtype) for dtype in DTYPES}
@@ -290,7 +290,7 @@ def test_pickled_tensors_are_read_as_torch_reads_them(tmp_path, zipped):
         assert tensor.data_ptr() % tensor.element_size() == 0, name  # torch needs aligned memory
 
 
-def test_a_pickle_may_have_a_tensor_under_two_names_but_not_three(tmp_path):
+def test_a_tensor_in_a_pickle_may_have_two_names_but_not_three(tmp_path):
     """A view takes no space in a file, but a converted view has its own memory."""
     weight = torch.ones(10**5)
     torch.save({"one": weight, "two": weight}, tmp_path / "x.bin")
@@ -331,7 +331,7 @@ def test_a_file_may_have_at_most_ten_thousand_tensors(tmp_path, suffix):
         read_tensors(tmp_path / f"x.{suffix}")
 
 
-def test_a_header_may_have_at_most_six_million_bytes(tmp_path):
+def test_a_safetensors_header_may_have_at_most_six_million_bytes(tmp_path):
     header = b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
     for length in (6_000_000, 6_000_001):
         data = length.to_bytes(8, "little") + header.ljust(length) + bytes(4)
@@ -341,7 +341,7 @@ def test_a_header_may_have_at_most_six_million_bytes(tmp_path):
         read_tensors(tmp_path / "6000001.safetensors")
 
 
-def test_safetensors_come_before_pickles(model, saved):
+def test_loading_prefers_safetensors_to_pickles(model, saved):
     (saved / "pytorch_model.bin").write_bytes(b"not read")
     assert_same_weights(CLIP.from_pretrained(saved), model)
 
@@ -357,7 +357,7 @@ def test_shards_are_read_as_one_checkpoint(model, saved, name):
 
 
 @pytest.mark.parametrize("read", [CLIP, VisionTower, TextTower])
-def test_a_loaded_model_is_in_eval_mode_with_the_requested_device_and_dtype(saved, read):
+def test_a_loaded_model_has_the_requested_device_and_dtype_and_is_in_eval_mode(saved, read):
     for model in (read.from_pretrained(saved), read.from_pretrained(saved, device="meta")):
         assert not any(module.training for module in model.modules())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -365,7 +365,7 @@ def test_a_loaded_model_is_in_eval_mode_with_the_requested_device_and_dtype(save
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 
-def test_each_option_of_load_reaches_its_part(model, tmp_path):
+def test_load_passes_each_option_to_the_model_or_to_the_tokenizer_and_transform(model, tmp_path):
     tokenizer = tokenizer_of(TINY)
     save(tmp_path, model, tokenizer, ImageTransform(TINY.vision.image_size))
     loaded = load(tmp_path, device="meta", dtype=torch.bfloat16, reference="openai")
@@ -379,26 +379,26 @@ def test_each_option_of_load_reaches_its_part(model, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
-def test_a_device_that_cannot_be_used_is_named(saved, device):
+def test_the_error_names_a_device_that_cannot_be_used(saved, device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .+"):
         CLIP.from_pretrained(saved, device=device)
 
 
 @pytest.mark.parametrize("read", [load, CLIP.from_pretrained, TextTower.from_pretrained])
 @pytest.mark.parametrize("option", [{"device": "nowhere"}, {"dtype": torch.int8}])
-def test_a_device_and_a_dtype_are_checked_before_the_checkpoint_is_looked_for(read, option):
+def test_loading_checks_the_device_and_the_dtype_before_it_looks_for_the_checkpoint(read, option):
     with pytest.raises(ValueError, match="device 'nowhere' cannot|dtype is torch.int8"):
         read("no such checkpoint", **option)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_dtype_is_the_requested_one(model, saved, dtype):
+def test_loaded_weights_have_the_requested_dtype(model, saved, dtype):
     loaded = CLIP.from_pretrained(saved, dtype=dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert_same_weights(loaded, twins(TINY)[0].to(dtype))
 
 
-def test_position_ids_are_checked_and_dropped(model, saved):
+def test_loading_checks_position_ids_and_drops_them(model, saved):
     name = "text_model.embeddings.position_ids"
     rewrite(saved, lambda tensors: tensors.update({name: torch.arange(20)[None]}))
     assert_same_weights(CLIP.from_pretrained(saved), model)
@@ -423,7 +423,7 @@ def test_position_ids_must_be_integers_and_belong_to_a_tower(model, saved, name,
         CLIP.from_pretrained(saved)
 
 
-def test_save_writes_what_load_needs_and_keeps_other_files(model, tmp_path):
+def test_save_writes_all_files_that_load_needs_and_changes_no_unrelated_file(model, tmp_path):
     tokenizer = tokenizer_of(TINY)
     transform = ImageTransform(TINY.vision.image_size)
     (tmp_path / "notes.txt").write_text("mine")
@@ -436,7 +436,7 @@ def test_save_writes_what_load_needs_and_keeps_other_files(model, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_new_files_have_the_usual_permissions_and_old_files_keep_theirs(model, saved):
+def test_a_new_file_has_default_permissions_and_a_replaced_file_keeps_its_permissions(model, saved):
     (saved / "new").touch()
     usual = (saved / "new").stat().st_mode
     assert {path.stat().st_mode for path in saved.iterdir()} == {usual}
@@ -508,7 +508,7 @@ UNDESCRIBED = [
 
 
 @pytest.mark.parametrize("change, words", UNDESCRIBED, ids=[words for _, words in UNDESCRIBED])
-def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change, words):
+def test_saving_raises_an_error_if_the_config_does_not_describe_the_model(saved, change, words):
     changed, before = CLIP.from_pretrained(saved), (saved / "model.safetensors").read_bytes()
     change(changed)
     with pytest.raises(CheckpointError, match="not saved: the config does not .*merge") as error:
@@ -517,7 +517,7 @@ def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change, w
     assert (saved / "model.safetensors").read_bytes() == before
 
 
-def test_settings_of_a_run_are_not_saved(saved, tmp_path):
+def test_hooks_and_requires_grad_and_the_kind_of_attention_are_not_saved(saved, tmp_path):
     """Hooks, the kind of attention, requires_grad and activation checkpointing are not saved."""
     model = CLIP.from_pretrained(saved).train().requires_grad_(False)
     model.set_attention("eager")
@@ -581,7 +581,7 @@ def without_data(model):
 @pytest.mark.parametrize(
     "change, says", [(tied, "than one name.*fc1.weight"), (without_data, "cannot save here: .+")]
 )
-def test_tensors_that_cannot_be_written_are_a_checkpoint_error(saved, change, says):
+def test_saving_tied_weights_or_meta_weights_raises_a_checkpoint_error(saved, change, says):
     changed = CLIP.from_pretrained(saved)
     change(changed)
     with pytest.raises(CheckpointError, match=says):
@@ -589,7 +589,7 @@ def test_tensors_that_cannot_be_written_are_a_checkpoint_error(saved, change, sa
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "folder"])
-def test_a_place_that_cannot_be_written_to_is_a_checkpoint_error(model, tmp_path, place):
+def test_saving_to_a_path_that_cannot_be_written_raises_a_checkpoint_error(model, tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=f"{place}: cannot save here: "):
@@ -600,7 +600,7 @@ def test_a_place_that_cannot_be_written_to_is_a_checkpoint_error(model, tmp_path
 # ---------------------------------------------------------------------------------------- bad input
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
+def test_the_error_lists_all_missing_and_unexpected_tensors_and_wrong_shapes(saved):
     def damage(tensors):
         del tensors["logit_scale"]
         tensors["visual_projection.weight"] = tensors["visual_projection.weight"].T.contiguous()
@@ -620,7 +620,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
     )
 
 
-def test_a_thousand_tensors_that_do_not_fit_are_listed_and_the_rest_are_counted(saved):
+def test_an_error_lists_at_most_a_thousand_tensors_and_counts_all_of_them(saved):
     more = {f"more{i}": torch.zeros(1) for i in range(1500)}
     rewrite(saved, lambda tensors: tensors.update(more))
     with pytest.raises(
@@ -630,7 +630,7 @@ def test_a_thousand_tensors_that_do_not_fit_are_listed_and_the_rest_are_counted(
     assert str(it.value).count("\nunexpected: more") == 1000
 
 
-def test_a_message_names_three_of_many_tensors_and_counts_the_rest(saved):
+def test_an_error_about_many_tensors_names_three_and_counts_the_rest(saved):
     names = [f"vision_model.encoder.layers.{i}.mlp.fc{j}.bias" for i in range(3) for j in (1, 2)]
     index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
     save_file({"x": torch.zeros(1)}, saved / "a.safetensors")
@@ -674,7 +674,7 @@ def test_a_truncated_file_is_an_error(saved, keep):
         CLIP.from_pretrained(saved)
 
 
-def test_garbage_is_an_error(saved):
+def test_a_weights_file_with_garbage_is_an_error(saved):
     (saved / "model.safetensors").write_bytes(b"not a tensor in sight" * 100)
     with pytest.raises(CheckpointError, match="model.safetensors"):
         CLIP.from_pretrained(saved)
@@ -703,7 +703,7 @@ def test_pickled_code_is_an_error_and_does_not_run(saved, tmp_path):
         [torch.zeros(3)],
     ],
 )
-def test_a_pickle_of_other_objects_is_an_error(saved, value):
+def test_a_pickle_that_is_not_a_dictionary_of_tensors_is_an_error(saved, value):
     (saved / "model.safetensors").unlink()
     torch.save(value, saved / "pytorch_model.bin")
     found = "expected a dictionary of tensors, as"
@@ -721,13 +721,13 @@ def test_a_pickle_of_other_objects_is_an_error(saved, value):
         ("[" * 100_000, "config.json: expected a JSON file"),
     ],
 )
-def test_a_config_that_describes_no_clip_is_an_error(saved, text, message):
+def test_a_config_that_is_not_a_clip_config_is_an_error(saved, text, message):
     (saved / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=re.escape(message)):
         CLIP.from_pretrained(saved)
 
 
-def test_a_config_of_another_size_is_an_error(saved):
+def test_a_config_and_weights_with_different_sizes_are_an_error(saved):
     rewrite_config(saved, projection_dim=TINY.embed_dim + 1)
     with pytest.raises(CheckpointError, match="2 tensors do not fit"):
         CLIP.from_pretrained(saved)
@@ -740,7 +740,7 @@ def test_a_config_of_another_size_is_an_error(saved):
         {"vision_config": {"image_size": 10**9, "patch_size": 1}},
     ],
 )
-def test_a_config_of_an_impossible_size_is_an_error(saved, changes):
+def test_a_config_of_an_impossibly_large_model_is_an_error(saved, changes):
     config = json.loads((saved / "config.json").read_text())
     for section in ("text_config", "vision_config"):
         changes = changes | {section: config[section] | changes.get(section, {})}
@@ -749,7 +749,7 @@ def test_a_config_of_an_impossible_size_is_an_error(saved, changes):
         CLIP.from_pretrained(saved)
 
 
-def test_missing_files_are_named(saved):
+def test_the_error_names_a_missing_file(saved):
     (saved / "config.json").rename(saved / "other.json")
     with pytest.raises(CheckpointError, match="config.json: .*No such file"):
         CLIP.from_pretrained(saved)
@@ -769,7 +769,7 @@ def test_missing_files_are_named(saved):
         "model.safetensors.index.json",
     ],
 )
-def test_a_shard_index_may_only_name_weights_files_beside_it(saved, shard):
+def test_a_shard_index_may_name_only_weights_files_in_its_folder(saved, shard):
     shutil.move(saved / "model.safetensors", saved.parent / "secret.safetensors")
     index = {"weight_map": {"logit_scale": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -786,7 +786,7 @@ def test_a_tensor_in_two_shards_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
-def test_a_tensor_in_no_shard_is_an_error(saved):
+def test_a_tensor_of_the_shard_index_that_is_in_no_shard_is_an_error(saved):
     write_shards(saved, load_file(saved / "model.safetensors"), "model.safetensors")
     (saved / "model.safetensors").unlink()
     path = saved / "model.safetensors.index.json"
@@ -797,7 +797,7 @@ def test_a_tensor_in_no_shard_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
-def test_a_warning_says_that_an_adapter_is_left_out(model, saved):
+def test_a_warning_says_that_an_adapter_is_not_loaded(model, saved):
     (saved / "adapter_config.json").write_text("{}")
     with pytest.warns(UserWarning, match="the adapter that adapter_config.json .* merge_and_unl"):
         assert_same_weights(CLIP.from_pretrained(saved), model)
@@ -805,7 +805,7 @@ def test_a_warning_says_that_an_adapter_is_left_out(model, saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16"])
-def test_the_dtype_of_weights_must_be_a_floating_point_type(saved, dtype):
+def test_the_requested_dtype_must_be_a_floating_point_type(saved, dtype):
     with pytest.raises(ValueError, match="dtype is .*; expected a floating point type"):
         CLIP.from_pretrained(saved, dtype=dtype)
 
@@ -842,7 +842,7 @@ def test_a_tokenizer_and_a_model_with_different_end_tokens_are_an_error(model, t
 
 
 @pytest.mark.parametrize("size, crop_size", [(13377, 13377), (32, 31), (64, 33), (1, 1)])
-def test_a_transform_of_another_size_than_the_model_is_an_error(
+def test_a_transform_and_a_model_with_different_image_sizes_are_an_error(
     model, tmp_path, capsys, size, crop_size
 ):
     side = TINY.vision.image_size
@@ -866,7 +866,7 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
     assert ImageTransform.from_pretrained(tmp_path) == wrong
 
 
-def test_no_square_transform_fits_a_wide_model(tmp_path):
+def test_a_square_transform_for_a_model_of_wide_images_is_an_error(tmp_path):
     """`load` also checks the transform if the checkpoint is only a vision tower."""
     config = replace(TINY, vision=replace(TINY.vision, image_size=(32, 64), patch_size=16))
     with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
@@ -904,17 +904,17 @@ def test_no_square_transform_fits_a_wide_model(tmp_path):
     ids=lambda name: ascii(name[:20]),
 )
 @pytest.mark.parametrize("read", [CLIP, Tokenizer, ImageTransform])
-def test_the_error_for_an_unknown_name_lists_the_known_names(name, read):
+def test_the_error_for_an_unknown_checkpoint_lists_the_known_names(name, read):
     with pytest.raises(CheckpointError, match="no checkpoint called .* everyday"):
         read.from_pretrained(name)
 
 
-def test_a_path_is_not_the_name_of_an_embedded_checkpoint():
+def test_a_path_object_is_never_the_name_of_an_embedded_checkpoint():
     with pytest.raises(CheckpointError, match="no directory called 'everyday'.* give the string"):
         load(Path("everyday"))
 
 
-def test_each_part_alone_is_loaded_by_every_kind_of_name(model, tmp_path, monkeypatch):
+def test_model_tokenizer_and_transform_load_from_every_form_of_a_path(model, tmp_path, monkeypatch):
     tokenizer = tokenizer_of(TINY)
     save(tmp_path / "odd näme %s {}", model, tokenizer, ImageTransform(40))
     monkeypatch.chdir(tmp_path)
@@ -931,7 +931,7 @@ def test_each_part_alone_is_loaded_by_every_kind_of_name(model, tmp_path, monkey
 
 
 @pytest.mark.parametrize("read", [load, CLIP, Tokenizer, ImageTransform, CLIPConfig])
-def test_a_revision_of_a_checkpoint_that_is_not_from_the_hub_is_an_error(read, tmp_path):
+def test_a_revision_is_an_error_if_the_checkpoint_is_not_from_the_hub(read, tmp_path):
     commit = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
     shutil.copytree(resolve("shapes", "model"), commit)
     read = getattr(read, "from_pretrained", read)
@@ -942,14 +942,14 @@ def test_a_revision_of_a_checkpoint_that_is_not_from_the_hub_is_an_error(read, t
     read(commit, revision="c0ffee")
 
 
-def test_the_name_of_an_embedded_checkpoint_wins_over_a_directory(saved, monkeypatch):
+def test_loading_prefers_an_embedded_checkpoint_to_a_directory_of_the_same_name(saved, monkeypatch):
     saved.rename(saved.parent / "everyday")
     monkeypatch.chdir(saved.parent)
     assert CLIP.from_pretrained("./everyday").config == TINY
     assert CLIP.from_pretrained("everyday").config != TINY
 
 
-def test_an_unknown_layout_is_named(model, tmp_path):
+def test_the_error_names_an_unknown_layout(model, tmp_path):
     with pytest.raises(
         ValueError, match="layout is 'hf'; expected one of transformers, openai, op"
     ):

@@ -758,7 +758,7 @@ class QuickGELU""",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CODE)
-def test_a_fault_in_the_code_of_a_fork_is_named(name, pair):
+def test_compare_reports_a_fault_in_the_code_of_a_fork(name, pair):
     *change, site, cause = CODE[name]
     report = compare(fork_of(pair[0], *change), pair[0])
     assert report.first == site, report
@@ -766,7 +766,7 @@ def test_a_fault_in_the_code_of_a_fork_is_named(name, pair):
 
 
 @pytest.mark.parametrize("name", ["no_ln_1", "another_constant", "not_normalised"])
-def test_a_fault_in_the_other_model_is_named(name, pair):
+def test_compare_reports_a_fault_in_the_second_model(name, pair):
     *change, site, cause = CODE[name]
     report = compare(pair[0], fork_of(pair[0], *change))
     assert report.first == site and report.cause.startswith(exchanged(cause))
@@ -774,7 +774,7 @@ def test_a_fault_in_the_other_model_is_named(name, pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_weights_or_parts_is_named(name, pair):
+def test_compare_reports_a_fault_in_weights_or_modules(name, pair):
     ours, theirs = pair
     break_, site, cause = FAULTS[name]
     faulty = copy.deepcopy(ours)

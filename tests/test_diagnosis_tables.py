@@ -161,7 +161,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_each_entry_of_a_table_computes_what_its_name_says(name):
+def test_each_entry_of_a_fault_table_computes_what_its_name_says(name):
     given, expected = TABLES[name]
     table = POOLS if name == "pool" else FAULTS[name]
     assert table.keys() == expected.keys()
@@ -394,14 +394,14 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_a_fault_is_reported_by_its_name(name, side):
+def test_a_report_names_each_fault_of_a_model(name, side):
     site, cause = name.split(" | ")
     wrong = side._replace(tensors={**side.tensors, site: FOUND[name](Seen(side))})
     assert cause_in_model(site, wrong, side) == f"model has {cause.strip()}"
     assert cause_in_model(site, side, wrong) == f"other has {cause.strip()}"
 
 
-def test_reading_texts_at_their_largest_id_is_named(side):
+def test_a_report_names_pooling_at_the_largest_token_id(side):
     """In OpenAI's vocabulary the end token has the largest id. Here its id is 300."""
     ids = side.tensors["ids"]
     ids = ids.masked_fill(ids == 300, 301).masked_fill(ids == 599, 300)
@@ -415,7 +415,7 @@ def test_reading_texts_at_their_largest_id_is_named(side):
     assert cause_in_model("text.pooled", wrong, right) == "model has pooling at the largest id"
 
 
-def test_a_logit_scale_that_is_clamped_at_100_is_named(side):
+def test_a_report_names_a_logit_scale_that_is_clamped_at_100(side):
     scale = torch.tensor(5.0, dtype=torch.float64)
     weights = {**side.weights, "logit_scale": scale}
     logits = Seen(side).logits(scale.exp())
@@ -425,8 +425,8 @@ def test_a_logit_scale_that_is_clamped_at_100_is_named(side):
     assert cause_in_model("logits", right._replace(tensors=cut), right) == cause
 
 
-def test_a_fault_must_explain_the_numbers_exactly(side):
-    """A fault is named only if it explains the numbers with an error below 1e-9."""
+def test_a_report_names_a_fault_only_if_it_explains_the_numbers_exactly(side):
+    """A fault explains the numbers exactly if the error of its numbers is below 1e-9."""
     wrong = Seen(side).logits(1)
     for by, cause in ((0.5e-9, "model has no logit scale"), (2e-9, "model does not compute")):
         tensors = {**side.tensors, "logits": wrong + by * torch.eye(2, 8, dtype=torch.float64)}
@@ -472,7 +472,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_report_says_what_was_done_to_a_weight(change, side):
+def test_a_report_says_how_a_weight_was_changed(change, side):
     weight = CHANGES[change](side.weights["text.proj.weight"])
     model = side._replace(weights={**side.weights, "text.proj.weight": weight})
     words = f"model has proj.weight {change.strip()}"
@@ -504,7 +504,7 @@ def tokenizer():
         ("long text a very", "long text very", "a very long text a very long t"),
     ],
 )  # fmt: skip
-def test_the_first_text_with_other_ids_is_named(old, new, text, tokenizer):
+def test_a_report_names_the_first_text_with_different_ids(old, new, text, tokenizer):
     def wrong(texts):
         return tokenizer([t.replace(old, new) for t in texts], truncate=True)
 
@@ -534,7 +534,7 @@ def cut_without_an_end(ids):
         (cut_without_an_end, "the end token is 5 in model, 1636 in other"),
     ],
 )
-def test_a_different_length_or_start_token_or_end_token_is_named(change, cause, tokenizer):
+def test_a_report_names_a_different_length_or_start_token_or_end_token(change, cause, tokenizer):
     def right(texts):
         return tokenizer(texts, truncate=True)
 
@@ -620,13 +620,13 @@ def drawn():
     return pictures, [RIGHT(picture) for picture in pictures]
 
 
-def test_every_fault_of_images_has_a_test():
+def test_every_fault_of_an_image_transform_has_a_test():
     assert FAULTS_OF_PIXELS.keys() == pixels.FAULTS_OF_PIXELS.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", FAULTS_OF_PIXELS)
-def test_a_fault_of_images_is_reported_by_its_name(cause, drawn):
+def test_a_report_names_each_fault_of_an_image_transform(cause, drawn):
     pictures, right = drawn
     wrong = [torch.from_numpy(FAULTS_OF_PIXELS[cause](picture)).float() for picture in pictures]
     assert cause_in_pixels(RIGHT, None, wrong, right) == f"model has {cause}"
@@ -640,7 +640,7 @@ def test_a_fault_of_images_is_reported_by_its_name(cause, drawn):
         ("image_std", (0.2, 0.3, 0.3)), ("reference", "openai"),
     ],
 )  # fmt: skip
-def test_a_setting_that_differs_between_transforms_is_named(field, value):
+def test_a_report_names_a_setting_that_differs_between_two_transforms(field, value):
     fields = ("size", "crop_size", "image_mean", "image_std", "reference")
     other = ImageTransform(**{name: getattr(RIGHT, name) for name in fields} | {field: value})
     words = f"{field} is {getattr(RIGHT, field)} in model, {value} in other"

@@ -85,7 +85,7 @@ def test_a_fork_that_computes_the_same_numbers_passes(name, pair):
 
 
 @pytest.mark.slow
-def test_a_model_passes_if_its_patched_forward_calls_the_original(pair):
+def test_a_model_passes_if_its_patched_forward_calls_the_original_forward(pair):
     for model, part in (
         (pair[0], lambda m: m), (pair[0], lambda m: m.vision.blocks[1].mlp),
         (pair[1], lambda m: m), (pair[1], lambda m: m.text_model.encoder.layers[0]),
@@ -121,7 +121,7 @@ def test_a_comparison_removes_tensors_that_a_forward_pass_stores(dtype, pair):
     same(*random_inputs(TINY, tokens=17))  # `compare` removed the stored mask, so 17 tokens work
 
 
-def test_a_comparison_restores_what_a_forward_pass_changes(pair):
+def test_a_comparison_restores_buffers_and_parameters_that_a_forward_pass_changes(pair):
     same = copy.deepcopy(pair[0])
     same.register_buffer("count", torch.zeros((), dtype=torch.long))
 
@@ -134,7 +134,7 @@ def test_a_comparison_restores_what_a_forward_pass_changes(pair):
     assert same.count == 0 and same.logit_scale == pair[0].logit_scale
 
 
-def test_a_pruned_model_passes_and_runs_afterwards(pair):
+def test_a_pruned_model_passes_and_still_runs_after_the_comparison(pair):
     same = copy.deepcopy(pair[0])
     prune.identity(same.vision.patch_embed, "weight")
     same(*random_inputs(TINY))
@@ -142,7 +142,7 @@ def test_a_pruned_model_passes_and_runs_afterwards(pair):
     same(*random_inputs(TINY))
 
 
-def test_a_fault_in_a_model_with_tokens_as_the_first_axis_is_named(pair):
+def test_compare_reports_a_fault_in_a_model_with_tokens_as_the_first_axis(pair):
     faulty = fork_of(
         pair[0],
         *SAME["tokens_before_the_batch"],
@@ -153,7 +153,7 @@ def test_a_fault_in_a_model_with_tokens_as_the_first_axis_is_named(pair):
     assert compare(pair[0], faulty).cause == f"other{cause}"
 
 
-def test_rows_that_are_swapped_are_named(pair):
+def test_compare_reports_swapped_batch_rows(pair):
     swapped = ("self.encode_image(pixels, n", "self.encode_image(pixels.flip(0), n")
     cause = "model has vision.embeddings with batch rows in the wrong place: 0 to 1"
     assert compare(fork_of(pair[0], *swapped), pair[0]).cause == cause
@@ -195,7 +195,7 @@ class Attention(nn.Module):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_parts_of_transformers_model_may_be_replaced(pair):
+def test_modules_of_a_transformers_model_may_be_replaced(pair):
     same = copy.deepcopy(pair[1])
     for tower in ("vision", "text"):
         for layer in getattr(same, f"{tower}_model").encoder.layers:
@@ -211,7 +211,7 @@ def test_parts_of_transformers_model_may_be_replaced(pair):
     "name, table",
     [("text.token_embed.weight", "token_embed.weight"), ("text.pos_embed", "pos_embed")],
 )
-def test_a_difference_in_one_row_of_a_table_is_noticed(name, table, pair):
+def test_compare_reports_a_difference_in_one_row_of_an_embedding_table(name, table, pair):
     for row in (0, 1, len(pair[0].get_parameter(name)) // 2, -2, -1):
         faulty = copy.deepcopy(pair[0])
         faulty.get_parameter(name).data[row] += 0.5
@@ -221,7 +221,7 @@ def test_a_difference_in_one_row_of_a_table_is_noticed(name, table, pair):
 
 
 @pytest.mark.slow
-def test_models_with_and_without_added_tokens_pass(pair):
+def test_a_model_and_its_copy_with_added_tokens_pass(pair):
     text = TINY.text.__class__(**{**vars(TINY.text), "vocab_size": 610})
     more = twins(TINY.__class__(TINY.vision, text, TINY.embed_dim))[0]
     weights, table = pair[0].state_dict(), "text.token_embed.weight"
@@ -232,7 +232,7 @@ def test_models_with_and_without_added_tokens_pass(pair):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_merged_weights_pass(pair):
+def test_a_model_with_lora_and_its_merged_copy_pass(pair):
     """Merging adds a rounding error, which is within tolerance. A small fault is still found."""
     tuned = surgery.add_lora(pair[0], rank=2)
     for name, weight in tuned.named_parameters():
@@ -257,7 +257,7 @@ def test_merged_weights_pass(pair):
          "image_embeds", ""),
     ],
 )  # fmt: skip
-def test_every_output_is_compared(change, site, cause, pair):
+def test_compare_checks_every_output_of_a_model(change, site, cause, pair):
     report = compare(fork_of(pair[0], *change), pair[0])
     assert (report.first, report.cause) == (site, cause)
 
@@ -270,14 +270,14 @@ def test_a_fork_without_logits_does_not_pass(pair):
     assert (report.first, report.cause) == ("logits", cause)
 
 
-def test_json_has_no_nan(pair):
+def test_the_json_of_a_report_has_no_nan(pair):
     faulty = copy.deepcopy(pair[0])
     faulty.text.proj.weight.data[0, 0] = math.nan
     json.dumps(rows_dict(compare(pair[0], faulty)), allow_nan=False)
 
 
 @pytest.mark.slow
-def test_byte_tokens_that_are_not_words_are_compared(pair):
+def test_compare_reports_swapped_ids_of_byte_tokens(pair):
     right = Tokenizer.from_pretrained("everyday")
     for one, other in ("Ñ", "Ð"), ("!", '"'):  # Ñ and Ð stand for the bytes D1 and D0
         vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}
@@ -287,7 +287,7 @@ def test_byte_tokens_that_are_not_words_are_compared(pair):
 
 
 @pytest.mark.slow
-def test_a_fork_is_compared_with_its_own_model_in_transformers(tmp_path):
+def test_a_fork_of_siglip_is_compared_with_siglip_in_transformers(tmp_path):
     size = {
         "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 40,
@@ -319,7 +319,7 @@ class WithBoxes(CLIP):
         return output | {"boxes": self.factor * output["image_embeds"]}
 
 
-def test_a_forks_own_output_is_compared():
+def test_compare_checks_an_output_that_clip_does_not_have():
     one, other = WithBoxes(TINY), WithBoxes(TINY)
     other.load_state_dict(one.state_dict())
     assert compare(one, other).rows[-1].site == "output_boxes"
@@ -328,14 +328,14 @@ def test_a_forks_own_output_is_compared():
     assert compare(one, other).first == "output_boxes"
 
 
-def test_a_model_that_has_no_sites_is_an_error(pair):
+def test_a_model_without_blocks_is_an_error(pair):
     other = copy.deepcopy(pair[0])
     del other.text.blocks
     with pytest.raises(ValueError, match="CLIP has no blocks in its text tower"):
         compare(other, pair[0])
 
 
-def test_a_block_may_have_other_parts(pair):
+def test_a_block_may_have_different_modules_inside(pair):
     """`compare` skips the sites inside the block, and compares the residual stream after it."""
 
     class Plain(nn.Module):

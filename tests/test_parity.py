@@ -56,7 +56,7 @@ def sites(config):
     return [*names, "logits", "logits_per_text", "image_embeds", "text_embeds"]
 
 
-def test_the_same_model_has_no_difference_at_any_site(pair):
+def test_miniclip_and_transformers_do_not_differ_at_any_site(pair):
     report = compare(*pair)
     assert [row.site for row in report.rows] == sites(TINY)
     assert report.first is None and report.cause is None
@@ -70,7 +70,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_pass(dtype, pair):
+def test_miniclip_and_transformers_agree_in_half_precision_and_in_float64(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
     # README promises at most 1.1 times transformers' error. `compare` would allow 2 times.
@@ -80,7 +80,7 @@ def test_other_precisions_pass(dtype, pair):
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
 
 
-def test_half_precision_with_larger_errors_is_named(pair):
+def test_compare_reports_larger_errors_in_half_precision(pair):
     faulty = copy.deepcopy(pair[0])
     faulty.text.blocks[1].mlp.register_forward_hook(round_half_to_bfloat16)
     report = compare(faulty, pair[0], dtype=torch.float16)
@@ -94,14 +94,14 @@ def round_half_to_bfloat16(module, args, out):
 
 
 @pytest.mark.slow
-def test_the_twin_that_parity_makes_equals_the_twin_of_the_tests(pair):
+def test_the_transformers_model_that_parity_builds_agrees_with_our_model(pair):
     ours, theirs = pair
     for other in (parity.transformers_twin(ours), theirs):
         assert all(row.absolute == 0 for row in compare(ours, other).rows)
     assert parity.transformers_twin(ours).config.vision_config.layer_norm_eps == 2e-5
 
 
-def test_neither_model_is_changed(pair):
+def test_compare_changes_neither_model(pair):
     ours, theirs = pair
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in pair]
     ours.train()
@@ -114,8 +114,8 @@ def test_neither_model_is_changed(pair):
         assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_dropout_is_off(pair):
-    """`compare` turns dropout off, even if the model is in training mode."""
+def test_compare_turns_dropout_off(pair):
+    """The model is in training mode before the comparison."""
     same = copy.deepcopy(pair[0]).train()
     same.text.blocks[0].mlp.register_forward_hook(
         lambda mlp, given, out: nn.functional.dropout(out, 0.5, mlp.training)
@@ -130,7 +130,7 @@ def test_weights_on_the_meta_device_are_an_error(pair):
         compare(pair[0], empty)
 
 
-def test_a_fork_with_other_code_and_the_same_numbers_passes(pair):
+def test_a_fork_with_different_code_that_computes_the_same_numbers_passes(pair):
     same = fork_of(pair[0], "x * torch.sigmoid_(1.702 * x)", "torch.sigmoid(1.702 * x) * x")
     assert_parity(same, pair[0])
     assert_parity(same, pair[1])
@@ -164,7 +164,7 @@ def test_a_fork_that_computes_softmax_in_float32_passes(pair):
     assert compare(same, pair[0], dtype=torch.float64).first == "vision.blocks.0.attn_out"
 
 
-def test_a_fork_that_computes_in_another_order_passes(pair):
+def test_a_fork_that_computes_sums_in_a_different_order_passes(pair):
     eager = copy.deepcopy(pair[0])
     eager.set_attention("eager")
     fused = fork_of(
@@ -191,7 +191,7 @@ def test_weights_that_differ_by_a_rounding_error_pass(pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
+def test_a_half_precision_copy_passes_only_if_compared_in_half_precision(dtype, pair):
     half = copy.deepcopy(pair[0]).to(dtype)
     assert compare(half, pair[0], dtype=dtype).first is None
     cause = f"model has weights rounded to {str(dtype).removeprefix('torch.')}"
@@ -209,7 +209,7 @@ def whole(pair):
 
 
 @pytest.mark.slow
-def test_tokens_and_pixels_are_compared_first(whole):
+def test_compare_reports_tokens_and_pixels_before_the_sites_of_the_model(whole):
     report = compare(*whole)
     assert [row.site for row in report.rows] == ["tokens", "pixels", *sites(TINY)]
     assert report.first is None and all(row.absolute == 0 for row in report.rows)
@@ -223,13 +223,13 @@ def test_tokens_and_pixels_are_compared_first(whole):
         ("compose(text)", "text", "model lacks the joining of letter and accent (NFC)"),
     ],
 )
-def test_a_missing_step_of_cleaning_is_named(old, new, cause, whole):
+def test_compare_reports_a_missing_step_of_text_cleaning(old, new, cause, whole):
     faulty = fork(tokenizer, old, new).Tokenizer.from_pretrained("everyday")
     assert_tokens_differ(whole[0]._replace(tokenizer=faulty), whole, cause)
 
 
 @pytest.mark.slow
-def test_white_space_that_is_not_merged_is_named(whole):
+def test_compare_reports_that_a_tokenizer_does_not_merge_white_space(whole):
     right = whole[0].tokenizer
 
     def faulty(texts, truncate):
@@ -240,7 +240,7 @@ def test_white_space_that_is_not_merged_is_named(whole):
 
 
 @pytest.mark.slow
-def test_a_missing_merge_is_noticed(whole):
+def test_compare_reports_a_missing_bpe_merge(whole):
     """The texts of `compare` never use the last merge, but `compare` notices that it is missing."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
@@ -250,7 +250,7 @@ def test_a_missing_merge_is_noticed(whole):
 
 
 @pytest.mark.slow
-def test_merges_that_are_swapped_are_named(whole):
+def test_compare_reports_two_swapped_bpe_merges(whole):
     right = whole[0].tokenizer
     merges = [*right.merges]
     merges[100], merges[150] = merges[150], merges[100]
@@ -277,7 +277,7 @@ def test_compare_reports_that_two_tokenizers_have_different_references(whole):
 
 
 @pytest.mark.slow
-def test_another_padding_or_end_token_is_named(whole):
+def test_compare_reports_different_padding_tokens_or_end_tokens(whole):
     faulty = Tokenizer.from_pretrained("everyday")
     faulty.pad_token_id = 0
     end = faulty.eos_token_id
@@ -290,7 +290,7 @@ def test_another_padding_or_end_token_is_named(whole):
 
 
 @pytest.mark.slow
-def test_a_fault_in_the_transform_is_named(whole):
+def test_compare_reports_wrong_resampling_in_a_transform(whole):
     """test_diagnosis_tables.py tests the other faults of a transform."""
     faulty = fork(transform, "Resampling.BICUBIC)", "Resampling.BILINEAR)")
     one = whole[0]._replace(
@@ -320,7 +320,7 @@ def test_compare_reports_that_two_transforms_have_different_references(whole):
 
 
 @pytest.mark.slow
-def test_different_settings_of_a_transform_are_named(whole):
+def test_compare_reports_that_two_transforms_have_different_settings(whole):
     settings = settings_of(whole[0].transform)
     faulty = ImageTransform(**settings | {"image_mean": (0.5, 0.5, 0.5)})
     report = compare(whole[0]._replace(transform=faulty), whole[1])
@@ -349,7 +349,7 @@ def folders(tmp_path_factory, pair):
         ("do_normalize", False), ("image_processor_type", "SiglipImageProcessor"),
     ],
 )  # fmt: skip
-def test_a_transform_that_one_library_cannot_read_is_a_difference(field, value, folders, tmp_path):
+def test_compare_reports_that_only_one_transform_can_be_loaded(field, value, folders, tmp_path):
     odd, right = tmp_path / "odd", folders / "original"
     shutil.copytree(right, odd)
     settings = odd / "preprocessor_config.json"
@@ -362,7 +362,7 @@ def test_a_transform_that_one_library_cannot_read_is_a_difference(field, value, 
         assert [row.within_tolerance for row in report.rows].count(False) == 1
 
 
-def test_a_transform_that_neither_library_can_read_is_not_compared(folders, tmp_path, capsys):
+def test_it_is_an_error_if_neither_transform_can_be_loaded(folders, tmp_path, capsys):
     odd = tmp_path / "odd"
     shutil.copytree(folders / "original", odd)
     (odd / "preprocessor_config.json").write_text('{"resample": 2}')
@@ -390,7 +390,7 @@ def test_any_function_can_be_a_transform():
         pixels.compare_transforms(raise_key_error, raise_key_error)
 
 
-def test_a_tokenizer_without_truncate_is_a_difference():
+def test_compare_reports_a_tokenizer_that_does_not_accept_truncate():
     known = Tokenizer.from_pretrained("shapes")
     (row,), cause = compare_tokenizers(lambda texts: known(texts, truncate=True), known)
     assert not row.within_tolerance and cause.startswith("model raises TypeError: ")
@@ -399,7 +399,7 @@ def test_a_tokenizer_without_truncate_is_a_difference():
 # -------------------------------------------------------------------------- shapes and tolerances
 
 
-def test_a_different_shape_is_named_and_a_different_depth_is_an_error(pair):
+def test_compare_reports_different_shapes_and_raises_an_error_for_different_depths(pair):
     ours, theirs = copy.deepcopy(pair[0]), pair[1]
     ours.vision.proj = nn.Linear(48, 30, bias=False)
     report = compare(ours, theirs)
@@ -419,7 +419,7 @@ def test_a_layer_without_heads_is_compared(pair):
     assert compare(ours, pair[0]).first == f"{last}.q"
 
 
-def test_absent_parts_are_left_out(pair):
+def test_compare_skips_a_site_that_one_model_lacks(pair):
     """A site is not compared if one model lacks it. Here, one model lacks the module `q`."""
     ours = copy.deepcopy(pair[0])
     del ours.vision.blocks[0].attn.q
@@ -428,7 +428,7 @@ def test_absent_parts_are_left_out(pair):
     assert {row.site for row in rows} == set(sites(TINY)) - {"vision.blocks.0.q"}
 
 
-def test_a_summary_keeps_the_largest_differences():
+def test_a_summary_of_several_layers_shows_their_largest_differences():
     def row(site, *numbers, within=True):
         return Difference(site, *numbers, 0.0, 0.0, within)
 
@@ -460,7 +460,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
         (SITE, torch.float64, "cuda", 30, 3e-9),
     ],
 )
-def test_the_tolerances_are_the_documented_ones(site, dtype, device, size, limit):
+def test_the_tolerances_equal_the_documented_tolerances(site, dtype, device, size, limit):
     """README lists the tolerances. For logits, the limit is absolute. At other sites, the limit is
     multiplied by the largest number of the tensor, if that number is above 1."""
     assert row_of(site, size, 0.9 * limit, 0.0, dtype=dtype, device=device).within_tolerance
@@ -474,7 +474,7 @@ def row_of(site, size, apart, apart_64, dtype=torch.float32, exact=1e-10, device
     return comparison._difference(site, tensors, dtype, exact, torch.device(device))
 
 
-def test_the_tolerances_in_float64_are_the_documented_ones():
+def test_the_tolerances_in_float64_equal_the_documented_tolerances():
     # A pattern may differ by 1e-6, because transformers' eager softmax is in float32.
     for apart, within in ((0.9e-6, True), (1.1e-6, False)):
         row = row_of(PATTERN, 0.5, apart, 0.0, dtype=torch.float64)
@@ -492,7 +492,7 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
 
-def test_half_precision_may_have_twice_the_error_of_the_other_model():
+def test_in_half_precision_one_model_may_have_twice_the_error_of_the_other():
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for times, within in ((1.9, True), (2.1, False)):
         tensors = [right + times * 0.01, right, right - 0.01, right]
@@ -510,7 +510,7 @@ def test_non_finite_numbers_have_an_infinite_difference():
 
 
 @torch.no_grad()
-def test_merged_weights_may_differ_by_a_millionth(pair):
+def test_the_tolerance_for_merged_weights_is_one_millionth(pair):
     """Merging adds a rounding error. Here, an extra parameter marks a model as merged."""
     for by, within in ((2e-7, True), (2e-5, False)):
         merged = copy.deepcopy(pair[0])
@@ -585,7 +585,7 @@ def test_random_weights_have_the_right_mean_and_std():
 
 
 @pytest.mark.slow
-def test_the_command_measures_a_checkpoint(capsys):
+def test_the_parity_command_compares_a_checkpoint_with_transformers(capsys):
     assert main(["parity", "everyday"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) <= 39
@@ -599,7 +599,7 @@ def test_the_command_measures_a_checkpoint(capsys):
 
 
 @pytest.mark.slow
-def test_the_command_compares_a_fork_with_the_original(capsys, folders, tmp_path):
+def test_the_parity_command_compares_a_fork_with_the_original(capsys, folders, tmp_path):
     fork_, original = str(folders / "fork"), str(folders / "original")
     picture = tmp_path / "depth.png"
     assert main(["parity", fork_]) == 0  # both libraries load the same files
@@ -616,7 +616,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, folders, tmp_path
 
 
 @pytest.mark.slow
-def test_the_command_can_compare_random_models(capsys, monkeypatch):
+def test_the_parity_command_compares_random_models(capsys, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     assert main(["parity", "--random", "tiny", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
@@ -643,7 +643,7 @@ def asked(monkeypatch):
     return seen
 
 
-def test_each_argument_of_the_command_is_used(asked, capsys):
+def test_the_parity_command_uses_each_of_its_arguments(asked, capsys):
     argv = ["--against", "shapes", "--revision", "v2", "--dtype", "float16", "--device", "mps"]
     argv += ["--names", "names.json"]
     assert main(["parity", "everyday", *argv]) == 1
@@ -664,7 +664,7 @@ def test_each_argument_of_the_command_is_used(asked, capsys):
     assert asked["load_pair"][0] == ("openai/clip-vit-base-patch32", "transformers", None)
 
 
-def test_each_part_is_loaded_from_the_given_place(monkeypatch):
+def test_load_pair_loads_each_model_tokenizer_and_transform_by_name_and_revision(monkeypatch):
     asked = []
     model = CLIP.from_pretrained("everyday")
 
@@ -701,7 +701,7 @@ def test_each_part_is_loaded_from_the_given_place(monkeypatch):
         ([__file__], "transformers loads directories"),
     ],
 )
-def test_bad_input_gives_a_one_line_error(argv, words, capsys):
+def test_bad_input_to_the_parity_command_gives_a_one_line_error(argv, words, capsys):
     try:
         status = main(["parity", *argv])
     except SystemExit as stop:
@@ -727,7 +727,7 @@ class Straight(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("against", ["miniclip", "transformers"])
-def test_the_gradients_of_the_same_model_are_equal(pair, against):
+def test_models_with_equal_weights_have_equal_gradients(pair, against):
     ours, theirs = pair
     report = compare(ours, copy.deepcopy(ours) if against == "miniclip" else theirs, gradients=True)
     assert report.first is None, report
@@ -736,7 +736,7 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
     assert max(row.float64 for row in rows) < 1e-10
 
 
-def test_gradients_of_another_vocabulary_and_context_are_compared(pair):
+def test_compare_checks_gradients_even_if_vocabulary_and_context_length_differ(pair):
     longer = surgery.add_tokens(pair[0], 7)
     longer.text.pos_embed = nn.Parameter(torch.cat([longer.text.pos_embed, torch.zeros(5, 40)]))
     surgery.reconfigure(longer, "text", context_length=25)
@@ -751,7 +751,7 @@ def test_it_is_an_error_if_no_parameter_has_a_gradient_in_both_models(pair):
 
 
 @pytest.mark.slow
-def test_a_detach_or_a_changed_backward_pass_is_found_at_its_place(pair):
+def test_compare_finds_the_site_of_a_detach_or_a_changed_backward_pass(pair):
     """Neither fault changes the forward pass, so only `gradients=True` finds the faults."""
     ours, theirs = pair
     for change, block in ((Tensor.detach, 1), (Straight.apply, 0)):
@@ -764,7 +764,7 @@ def test_a_detach_or_a_changed_backward_pass_is_found_at_its_place(pair):
         assert "detached" in report.cause
 
 
-def test_parity_prints_the_difference_of_the_gradients(capsys):
+def test_the_parity_command_prints_the_difference_of_the_gradients(capsys):
     assert main(["parity", "shapes", "--against", "shapes", "--grad"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"gradients of \d+ parameters differ by at most 0.0e\+00 in float64", out)
@@ -819,7 +819,7 @@ KINDS_OF_FORK = {
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_FORK)
-def test_a_fork_of_each_kind_is_compared_site_by_site(as_openai, kind):
+def test_forks_with_different_module_names_are_compared_site_by_site(as_openai, kind):
     make, mlp = KINDS_OF_FORK[kind]
     fork = make(as_openai)
     report = compare(fork, as_openai, gradients=True)
@@ -849,7 +849,7 @@ class WithBias(openai_names.CLIP):
         return *super().forward(pixels, ids), self.logit_bias
 
 
-def test_the_bias_of_open_clips_logits_is_compared(as_openai):
+def test_compare_checks_the_logit_bias_of_open_clip(as_openai):
     one, other = WithBias(as_openai, "custom_text"), WithBias(as_openai, "custom_text")
     one.logit_bias = other.logit_bias = nn.Parameter(torch.tensor(0.5))
     assert compare(one, other).first is None
@@ -857,7 +857,7 @@ def test_the_bias_of_open_clips_logits_is_compared(as_openai):
     assert compare(one, other).first == "logits"
 
 
-def test_a_fault_in_the_keys_of_a_fused_matrix_is_named(as_openai):
+def test_compare_reports_a_fault_in_the_keys_of_a_fused_qkv_projection(as_openai):
     for kind, matrix in (
         ("openai", "visual.transformer.resblocks.1.attn.in_proj_bias"),
         ("own names", "eyes.layers.1.mix.qkv.bias"),
@@ -869,7 +869,7 @@ def test_a_fault_in_the_keys_of_a_fused_matrix_is_named(as_openai):
         assert report.cause.startswith("different weights: attn.k_proj.bias (64 of 64 rows")
 
 
-def test_a_model_with_other_names_needs_a_correct_table(as_openai):
+def test_a_model_with_unknown_module_names_needs_a_correct_table_of_names(as_openai):
     fork = own_names.CLIP(as_openai)
     with pytest.raises(ValueError, match=r"has no blocks in its vision tower.*--names"):
         compare(fork, as_openai)
@@ -908,7 +908,7 @@ def fork_files(tmp_path, monkeypatch, pair):
     return tmp_path
 
 
-def test_the_command_reads_a_forks_code_and_its_table_of_names(fork_files, capsys, pair):
+def test_the_parity_command_reads_a_fork_and_a_table_of_names(fork_files, capsys, pair):
     line = ["parity", "fork.py:build", "--against", "original", "--names", "names.json", "--grad"]
     assert main(line) == 0
     count = len([*pair[0].parameters()])
@@ -944,7 +944,7 @@ def test_each_fork_imports_the_modules_of_its_own_folder(tmp_path):
         (["--random", "B/32", "--names", "names.json"], "no --against and no --names"),
     ],
 )
-def test_an_error_in_a_forks_files_is_one_line(argv, words, fork_files, capsys):
+def test_an_error_in_the_files_of_a_fork_gives_a_one_line_error(argv, words, fork_files, capsys):
     assert main(["parity", *argv]) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith("miniclip: error: ") and err.count("\n") == 1

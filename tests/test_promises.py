@@ -29,7 +29,7 @@ the reference imports no instrument
 Each notebook runs offline in under three minutes
     notebooks: each_notebook_runs_without_an_error_or_a_warning
 `load` takes the name of an embedded checkpoint, a directory
-    checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
+    checkpoint: model_tokenizer_and_transform_load_from_every_form_of_a_path
     hub: model_names_of_openai_load_the_matching_repository_of_the_hub
     hub: from_pretrained_accepts_a_pasted_address_of_a_repository
 `subfolder="text_encoder"` reads the text tower
@@ -46,7 +46,7 @@ every block, head and site, float64
     model: every_site_gives_the_same_tensor_as_in_transformers
     model: the_gradients_of_all_parameters_equal_those_of_transformers
 both loading the same file
-    checkpoint: an_official_file_gives_the_logits_of_transformers
+    checkpoint: a_file_like_openai_clip_vit_base_patch32_gives_the_logits_of_transformers
 operations in another order
     export: the_model_compiles_into_one_graph
     export: an_exported_graph_with_eager_attention_gives_the_outputs_of_the_model
@@ -65,7 +65,7 @@ transformers on the same GPU
 published logits and embeddings
     official: miniclip_reproduces_the_values_that_other_projects_published
 The same command now names the first site that differs, vision.pooled
-    forks: a_fault_in_a_model_with_tokens_as_the_first_axis_is_named
+    forks: compare_reports_a_fault_in_a_model_with_tokens_as_the_first_axis
 causality makes them unnecessary
     model: tokens_after_the_end_token_do_not_change_the_embedding
 sites add no operation and change no bit
@@ -83,7 +83,7 @@ compares our versions with the authors' code
 a larger example, SigLIP in one file
     subclasses: siglip_gives_the_outputs_of_transformers
 lists all tensors that are missing, unexpected or misshapen
-    checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
+    checkpoint: the_error_lists_all_missing_and_unexpected_tensors_and_wrong_shapes
 warning lists the other tensors
     brought: issue_284_of_openai_clip_a_lightning_module_with_a_head_is_loaded
     brought: issue_8435_of_diffusers_the_text_encoder_in_a_stable_diffusion_file_is_loaded
@@ -99,8 +99,8 @@ layout that cannot express the model
     layouts: the_error_names_the_field_that_a_layout_cannot_express
 does not fit the model
     checkpoint: a_tokenizer_with_more_tokens_than_the_model_is_an_error
-    checkpoint: a_transform_of_another_size_than_the_model_is_an_error
-    checkpoint: no_square_transform_fits_a_wide_model
+    checkpoint: a_transform_and_a_model_with_different_image_sizes_are_an_error
+    checkpoint: a_square_transform_for_a_model_of_wide_images_is_an_error
 would read another model's files
     saving: a_save_over_another_checkpoint_replaces_it_or_is_an_error
 Code in a file never runs
@@ -139,7 +139,7 @@ leaves the old checkpoint or the new one
     saving: two_saves_at_the_same_time_leave_one_complete_checkpoint
     saving: a_full_disk_raises_an_error_and_leaves_the_old_checkpoint
 at most 1.15 times the memory of the model
-    checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype
+    checkpoint: loading_needs_only_the_memory_of_the_weights_in_the_requested_dtype
 """
 PROMISES: dict[str, list[str]] = {}  # {quoted words: names of the tests}
 for line in TABLE.strip().splitlines():
