@@ -52,7 +52,7 @@ def widths(axes):
     return [bar.get_width() for bar in axes.patches]
 
 
-def test_each_row_of_a_matrix_has_the_percentages_of_a_true_class(drawn):
+def test_each_row_of_a_confusion_matrix_shows_the_percentages_of_one_true_class(drawn):
     confusion = torch.tensor([[6, 1, 3], [2, 2, 0], [0, 0, 0]])
     result = Evaluation(["cat", "dog", "a ship " * 9], confusion, confusion.diagonal(), [], bins())
     figure = drawn(draw_confusion, result)
@@ -74,7 +74,7 @@ def test_each_row_of_a_matrix_has_the_percentages_of_a_true_class(drawn):
     assert "calibration error 18.8%" in below.get_title(loc="left")
 
 
-def test_with_many_classes_the_figure_has_a_dot_for_each_confusion(drawn):
+def test_a_confusion_matrix_of_many_classes_has_a_dot_for_each_confusion(drawn):
     confusion = torch.eye(50, dtype=torch.int64)
     confusion[3, 40], confusion[7, 9] = 4, 1
     result = Evaluation(["a"] * 50, confusion, confusion.diagonal(), [], bins())
@@ -85,7 +85,7 @@ def test_with_many_classes_the_figure_has_a_dot_for_each_confusion(drawn):
     assert left.get_ylim() == (50, -1) and widths(right) == [1, 4]
 
 
-def test_curves_are_the_metrics_of_the_run(drawn):
+def test_curves_show_the_metrics_of_a_run(drawn):
     rows = [{"step": 10 * i, "loss": 3 - i, "logit_scale": 14 + i, "lr": 0.1 * i} for i in range(3)]
     panels = drawn(draw_curves, rows).axes
     assert [axes.get_title(loc="left") for axes in panels] == [
@@ -97,7 +97,7 @@ def test_curves_are_the_metrics_of_the_run(drawn):
         assert [*line.get_ydata()] == [row[name] for row in rows]
 
 
-def test_a_report_shows_the_best_score_and_the_throughput_and_the_memory(drawn):
+def test_curves_show_the_best_score_and_the_throughput_and_the_memory(drawn):
     rows = [
         {"step": i, "loss": 1.0, "pairs_per_second": 10.0 + i, "peak_gib": 2.0 + i}
         for i in range(4)
@@ -146,7 +146,7 @@ def test_the_demo_draws_probabilities_as_bars_and_heat_maps_over_grey_images(dra
         ("occlusion", "up to 0.75 subtracted from the cosine"),
     ],
 )
-def test_a_map_states_the_value_of_its_warmest_patch(drawn, method, note):
+def test_a_heat_map_states_the_value_of_its_warmest_patch(drawn, method, note):
     heats = torch.tensor([[[0.25, 0.75], [-1, 0]], [[-1, -2], [-3, 0]]])
     figure = drawn(
         draw_text_maps, Image.new("RGB", (8, 8)), ["a $cat$", "dog"], [0.25, 0.5], {method: heats}
@@ -157,7 +157,7 @@ def test_a_map_states_the_value_of_its_warmest_patch(drawn, method, note):
     assert " ".join(texts(cat)[0].split()) == note and texts(dog) == ["nowhere"]
 
 
-def test_a_row_has_an_image_and_up_to_four_maps(drawn):
+def test_a_row_of_the_figure_has_an_image_and_up_to_four_heat_maps(drawn):
     picture, texts = Image.new("RGB", (8, 8)), [f"text {i}" for i in range(6)]
     shown = [f"{text} (cosine 0.50)" for text in texts]
     maps = {"tokens": torch.rand(6, 2, 2)}
@@ -170,7 +170,7 @@ def test_a_row_has_an_image_and_up_to_four_maps(drawn):
     assert titles == [shown[0], "tokens", "rollout", shown[1], "tokens", "rollout"]
 
 
-def test_the_maps_of_one_method_have_one_scale(drawn):
+def test_all_heat_maps_of_one_method_have_the_same_colour_scale(drawn):
     """The patch's score is 1 for the first text and 0.5 for the second, so its colours differ."""
     heats = torch.tensor([[[1.0]], [[0.5]]])
     picture = Image.new("RGB", (8, 8))
@@ -180,7 +180,7 @@ def test_the_maps_of_one_method_have_one_scale(drawn):
     assert half == list(overlay(picture, heats[1], warmest=1.0).getpixel((4, 4))) != full
 
 
-def test_bench_ratios_are_bars_that_start_at_one_and_show_quartiles(drawn):
+def test_the_bench_figure_draws_ratios_as_bars_from_one_and_shows_quartiles(drawn):
     def row(contender, difference, ratio):
         return Row("vision", "2 images", 2, "images", contender, difference, (1, 1, 1), ratio)
 
@@ -203,7 +203,7 @@ def test_bench_ratios_are_bars_that_start_at_one_and_show_quartiles(drawn):
     assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # grey, because it is not a library
 
 
-def test_differences_are_drawn_at_their_depth(drawn):
+def test_the_parity_figure_draws_each_difference_at_the_depth_of_its_site(drawn):
     sites = ["vision.blocks.0.resid_pre", "vision.blocks.0.q", "text.blocks.0.resid_pre", "logits"]
     rows = [
         Difference(site, 10.0**-i, 0.5, 10.0 ** -(i + 4), 10.0 ** -(i + 8), 0.0, i != 1)

@@ -58,7 +58,7 @@ equal, every code point
     tokenizer: every_code_point_has_the_ids_of_the_reference
 transformers' PIL back end
     transform: every_mode_of_pillow_gives_the_pixels_of_the_reference
-    transform: a_hundred_sizes_give_the_pixels_of_the_reference
+    transform: images_of_a_hundred_sizes_give_the_pixels_of_the_reference
     transform: difficult_files_give_the_pixels_of_the_reference
 transformers on the same GPU
     model: logits_are_close_to_those_of_transformers_on_every_device

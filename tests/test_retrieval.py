@@ -161,7 +161,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
-def test_links_in_a_tar_are_reported(tmp_path):
+def test_find_pictures_skips_and_reports_links_in_a_tar(tmp_path):
     (tmp_path / "0.bmp").write_bytes(encoded(blots(0), "bmp"))
     (tmp_path / "hard.bmp").hardlink_to(tmp_path / "0.bmp")
     (tmp_path / "soft.bmp").symlink_to("0.bmp")
@@ -262,7 +262,7 @@ def test_an_invalid_index_gives_a_one_line_error(tmp_path, change):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e37, 1.5])
-def test_rows_that_are_not_unit_vectors_are_an_error(value):
+def test_a_search_raises_an_error_if_a_row_is_not_a_unit_vector(value):
     rows = torch.eye(3)
     rows[1, 0] = value
     with pytest.raises(ValueError, match="not unit vectors"):
@@ -286,7 +286,7 @@ HIDDEN = [
 ]
 
 
-def test_hidden_files_and_system_folders_are_left_out(tmp_path):
+def test_find_pictures_leaves_out_hidden_files_and_system_folders(tmp_path):
     for name in (*HIDDEN, "a.jpg", "@home/b.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         blots(0).save(tmp_path / name)
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # this excludes tar images
     ],
 )
-def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, left):
+def test_exclude_leaves_out_images_that_match_a_pattern(photographs, monkeypatch, exclude, left):
     assert names(find_pictures([photographs], exclude)[0], photographs) == left
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
@@ -340,7 +340,7 @@ def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, 
         find_pictures(["b"], ["a", "b"])
 
 
-def test_links_are_followed_once_and_a_broken_link_is_unreadable(tmp_path):
+def test_find_pictures_follows_a_link_once_and_opening_a_broken_link_is_an_error(tmp_path):
     folder = tmp_path / "folder"
     (tmp_path / "elsewhere").mkdir()
     folder.mkdir()
@@ -366,7 +366,7 @@ def test_images_before_the_damaged_place_in_a_tar_can_be_opened(tmp_path):
         open_picture(f"{tmp_path}/x.tar/3.bmp")
 
 
-def test_the_later_image_is_read_if_two_in_a_tar_have_the_same_name(tmp_path):
+def test_a_tar_with_two_images_of_the_same_name_gives_the_later_image(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(2):
             data = encoded(blots(i))
@@ -382,7 +382,7 @@ def test_the_later_image_is_read_if_two_in_a_tar_have_the_same_name(tmp_path):
 # Embeddings
 
 
-def test_an_index_has_the_same_embeddings_as_encode_image(loaded, photographs):
+def test_an_index_contains_the_embeddings_that_encode_image_returns(loaded, photographs):
     pictures, _ = find_pictures([photographs])
     index = embed_images(loaded, pictures, batch=4)
     assert list(index.paths) == list(map(str, pictures)) and list(index.skipped) == []
@@ -411,7 +411,7 @@ def test_a_file_that_is_not_an_index_is_not_overwritten(loaded, photographs, tmp
         assert len(build_index(tmp_path / "x.index", loaded, pictures, made_by)) == 11
 
 
-def test_an_image_in_a_tar_has_the_embedding_of_the_same_file(loaded, tmp_path):
+def test_an_image_in_a_tar_has_the_same_embedding_as_the_unpacked_file(loaded, tmp_path):
     data = {f"{i}.{kind}": encoded(blots(i), kind) for i, kind in enumerate(["jpeg", "png", "gif"])}
     exif = Image.Exif()
     exif[274] = 6  # the camera was turned by 90 degrees
@@ -428,7 +428,7 @@ def test_an_image_in_a_tar_has_the_embedding_of_the_same_file(loaded, tmp_path):
     assert torch.equal(inside.embeddings, beside.embeddings)
 
 
-def test_unreadable_images_are_listed_and_the_others_are_embedded(loaded, photographs, tmp_path):
+def test_embed_images_skips_unreadable_images_and_lists_them(loaded, photographs, tmp_path):
     good = embed_images(loaded, find_pictures([photographs])[0])
     (photographs / "b" / "empty.png").write_bytes(b"")
     (photographs / "cut.png").write_bytes((photographs / "z.png").read_bytes()[:60])
@@ -448,7 +448,7 @@ def thin():
     return Image.new("1", (1, 300_000))
 
 
-def test_half_precision_also_gives_unit_vectors(loaded, photographs):
+def test_a_bfloat16_model_gives_unit_vectors_in_float32(loaded, photographs):
     single = embed_images(loaded, find_pictures([photographs])[0])
     model = twins(loaded.model.config, dtype=torch.bfloat16)[0]
     half = embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
@@ -458,7 +458,7 @@ def test_half_precision_also_gives_unit_vectors(loaded, photographs):
     assert not torch.equal(half.embeddings, single.embeddings)
 
 
-def test_a_nan_embedding_is_an_error(loaded, photographs):
+def test_a_nan_embedding_of_an_image_is_an_error(loaded, photographs):
     model = twins(loaded.model.config)[0]
     model.vision.ln_post.bias.data[0] = torch.inf
     with pytest.raises(ValueError, match="NaN, infinite or zero"):
@@ -476,7 +476,7 @@ def test_a_nan_embedding_of_a_text_is_an_error(loaded):
         embed_texts(model, loaded.tokenizer, ["a ship"])
 
 
-def test_an_index_is_float32_whatever_the_default_dtype(loaded, photographs, tmp_path):
+def test_an_index_is_float32_for_any_default_dtype(loaded, photographs, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
         pictures, encoder = find_pictures([photographs])[0], describe(loaded, "a model")
@@ -500,7 +500,7 @@ def test_a_full_disk_is_an_error(loaded, photographs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])
-def test_a_batch_or_workers_of_0_are_an_error(loaded, photographs, options):
+def test_zero_workers_or_a_batch_size_of_zero_is_an_error(loaded, photographs, options):
     with pytest.raises(ValueError, match="is 0; expected at least 1"):
         embed_images(loaded, [str(photographs / "z.png")], **options)
 
@@ -514,7 +514,7 @@ def index_of(rows, **options):
     return Index(rows, paths, options.pop("encoder", ENCODER), **options)
 
 
-def test_an_index_is_read_back_as_it_was(tmp_path):
+def test_a_loaded_index_equals_the_saved_index(tmp_path):
     strange = ["a.jpg", "", "ü/日本.png", "line\nbreak", os.fsdecode(b"\xff\xfe.gif"), "z"]
     encoder = Encoder("m", "c0ffee", "1" * 64, "bfloat16", ImageTransform(3, reference="openai"))
     rows = torch.randn(6, 5)
@@ -530,7 +530,7 @@ def test_an_index_is_read_back_as_it_was(tmp_path):
     assert len(Index.load(tmp_path / "i")) == 0
 
 
-def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_index_unchanged(tmp_path, monkeypatch):
     index_of(torch.eye(3)).save(tmp_path / "i")
     monkeypatch.setattr(retrieval.index, "save_file", lambda *args, **kw: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -591,7 +591,7 @@ def damaged(path, how):
 @pytest.mark.parametrize(
     "how", ["text", "cut", "weights", "absent", "folder", "rows", "half", "about"]
 )
-def test_files_that_are_not_an_index_are_an_error(tmp_path, how):
+def test_loading_a_file_that_is_not_an_index_is_an_error(tmp_path, how):
     index_of(torch.eye(3)).save(tmp_path / "index.safetensors")
     damaged(tmp_path / "index.safetensors", how)
     with pytest.raises(ValueError, match="index.safetensors: "):
@@ -634,7 +634,7 @@ def crowd(n=1500, width=256):
     return torch.nn.functional.normalize(query + 2e-4 * unit_rows(n, width, seed=2)), query
 
 
-def test_the_search_is_exact_where_float32_is_not(monkeypatch):
+def test_the_search_is_exact_even_if_float32_would_sort_the_rows_wrongly(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = best_by_float64(rows, query.tolist(), 10)
@@ -642,7 +642,7 @@ def test_the_search_is_exact_where_float32_is_not(monkeypatch):
     assert (rows @ query).argsort(descending=True, stable=True)[:10].tolist() != expected
 
 
-def test_equal_scores_keep_the_order_of_the_index(monkeypatch):
+def test_hits_with_equal_scores_have_the_same_order_as_in_the_index(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 50)
     rows = unit_rows(3, 32).repeat(200, 1)
     query = rows[1]
@@ -651,7 +651,7 @@ def test_equal_scores_keep_the_order_of_the_index(monkeypatch):
     assert len({hit.score for hit in hits[:200]}) == 1
 
 
-def test_a_query_vector_of_any_length_finds_the_same_rows(monkeypatch):
+def test_a_query_vector_of_any_norm_finds_the_same_rows(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = [hit.row for hit in index_of(rows).search(query, 10)]
@@ -663,14 +663,14 @@ def test_a_query_vector_of_any_length_finds_the_same_rows(monkeypatch):
 @pytest.mark.parametrize(
     "query, k", [(torch.ones(3), 1), (torch.ones(1, 4), 1), (torch.ones(4), 0)]
 )
-def test_a_query_of_another_shape_is_an_error(query, k):
+def test_a_query_of_the_wrong_shape_or_a_k_of_0_is_an_error(query, k):
     with pytest.raises(ValueError, match="expected"):
         index_of(torch.eye(4)).search(query, k)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_search_needs_only_the_memory_of_one_block(tmp_path):
+def test_a_search_needs_memory_for_only_one_block_of_rows(tmp_path):
     index_of(unit_rows(200_000, 128)).save(tmp_path / "i")  # 102 MB
     script = f"""
 import re, torch
@@ -690,7 +690,7 @@ print(found[0].row, anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # from faiss
-def test_faiss_reads_the_file_and_finds_the_same_rows(tmp_path, monkeypatch, capsys):
+def test_faiss_reads_an_index_and_finds_the_same_rows_as_the_search(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     index_of(unit_rows(3000, 64)).save("index.safetensors")
     index, query = Index.load("index.safetensors"), unit_rows(1, 64, seed=1)[0]
@@ -737,7 +737,7 @@ def test_the_fingerprint_depends_on_the_settings_and_not_only_on_the_weights(loa
     assert fingerprint(models[0]) not in (first, *others)
 
 
-def test_another_model_is_an_error_that_names_both_models(loaded):
+def test_check_raises_an_error_that_names_both_models_if_they_differ(loaded):
     index = index_of(torch.eye(3), encoder=describe(loaded, "the first"))
     index.check(loaded)
     other = twins(loaded.model.config, seed=1)[0]
@@ -754,14 +754,14 @@ def test_another_model_is_an_error_that_names_both_models(loaded):
         index.check(loaded._replace(transform=ImageTransform(40, reference="openai")))
 
 
-def test_the_model_is_loaded_with_the_options_that_made_the_index():
+def test_load_encoder_loads_the_model_with_the_options_of_the_index():
     loaded = miniclip.load("everyday", dtype=torch.bfloat16, reference="openai")
     again = index_of(torch.eye(3), encoder=describe(loaded, "everyday")).load_encoder()
     assert again.model.logit_scale.dtype == torch.bfloat16
     assert again.transform.reference == again.tokenizer.reference == "openai"
 
 
-def test_a_lasting_name_has_the_whole_path_or_the_commit(tmp_path, monkeypatch):
+def test_lasting_name_returns_an_absolute_path_or_a_commit(tmp_path, monkeypatch):
     assert lasting_name("everyday") == ("everyday", None)
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
@@ -807,7 +807,7 @@ def test_a_query_is_the_sum_and_the_difference_of_unit_vectors(loaded, tmp_path)
         (["a cat " * 50], [], "tokens"),
     ],
 )
-def test_an_empty_query_is_an_error(loaded, texts, minus, message):
+def test_a_query_that_is_zero_or_empty_or_too_long_is_an_error(loaded, texts, minus, message):
     with pytest.raises(ValueError, match=message):
         embed_query(loaded, texts, minus=minus)
 
@@ -819,7 +819,7 @@ def test_a_query_image_that_cannot_be_read_is_an_error(loaded, tmp_path):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("k", [1, 3, 11])
-def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
+def test_a_sheet_shows_the_image_of_each_hit(loaded, photographs, tmp_path, k):
     index = embed_images(loaded, find_pictures([photographs])[0])
     hits = index.search(index.embeddings[0], k)
     assert draw_sheet(index, hits, "a title that is far too long" * 20, tmp_path / "s.png") == []
@@ -840,7 +840,9 @@ def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
             assert np.abs(np.subtract(shown, middle.getpixel((0, 0)))).max() < 12
 
 
-def test_long_names_keep_their_end_and_long_titles_keep_their_start(loaded, tmp_path, monkeypatch):
+def test_a_sheet_cuts_the_start_of_long_names_and_the_end_of_long_titles(
+    loaded, tmp_path, monkeypatch
+):
     written = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: written.append(args[2]))
     monkeypatch.chdir(tmp_path)
@@ -856,7 +858,7 @@ def test_long_names_keep_their_end_and_long_titles_keep_their_start(loaded, tmp_
     assert long.startswith("…") and long.endswith(" end.png") and short == "short.png"
 
 
-def test_missing_images_leave_their_places_empty(loaded, photographs, tmp_path):
+def test_a_sheet_has_empty_places_for_missing_images(loaded, photographs, tmp_path):
     index = embed_images(loaded, find_pictures([photographs])[0])
     hits = index.search(index.embeddings[0], 11)
     (photographs / "z.png").unlink()
@@ -907,7 +909,9 @@ def interrupt(build, tmp_path, monkeypatch):
     return interrupt
 
 
-def test_a_build_equals_embedding_in_memory(build, loaded, photographs, tmp_path):
+def test_build_index_gives_the_same_embeddings_as_embed_images(
+    build, loaded, photographs, tmp_path
+):
     (photographs / "a.png").write_bytes(b"")
     built = build(tmp_path / "i", damage=["a tar"])
     whole = embed_images(loaded, find_pictures([photographs])[0])
@@ -917,7 +921,9 @@ def test_a_build_equals_embedding_in_memory(build, loaded, photographs, tmp_path
     assert not (tmp_path / "i.parts").exists()
 
 
-def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch, capsys):
+def test_a_new_build_continues_an_interrupted_build(
+    build, interrupt, tmp_path, monkeypatch, capsys
+):
     build(tmp_path / "whole")
     interrupt(parts=2)
     assert len(list((tmp_path / "i.parts").glob("*.safetensors"))) == 2
@@ -933,7 +939,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("changed", ["batch", "pictures", "picture", "folder", "part"])
-def test_parts_of_another_build_are_made_again(
+def test_a_build_ignores_the_parts_of_a_different_build(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
     """A build ignores the parts that a different build saved. The user need not delete them."""
@@ -959,7 +965,7 @@ def test_parts_of_another_build_are_made_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("changed", ["weights", "dtype", "transform", "reference"])
-def test_an_index_of_another_model_is_replaced_only_with_force(
+def test_a_build_replaces_an_index_of_a_different_model_only_with_force(
     build, interrupt, loaded, tmp_path, changed, whole
 ):
     """Without `force`, a finished index or the parts of an unfinished index stay as they are."""
@@ -1001,7 +1007,7 @@ def embedded(monkeypatch):
     return seen
 
 
-def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
+def test_an_update_embeds_new_and_changed_images_and_copies_the_other_embeddings(
     build, loaded, photographs, tmp_path, embedded, capsys
 ):
     before = build(tmp_path / "i")
@@ -1052,7 +1058,7 @@ def test_an_update_notices_a_changed_file_of_the_same_size(build, photographs, t
     assert embedded == [str(z)]
 
 
-def test_a_tar_that_has_changed_is_read_again(build, photographs, tmp_path, embedded):
+def test_an_update_reads_a_changed_tar_again(build, photographs, tmp_path, embedded):
     build(tmp_path / "i")
     make_tar(photographs / "b" / "0.tar", {f"{i}.png": encoded(blots(i)) for i in (7, 30)})
     del embedded[:]
@@ -1073,7 +1079,7 @@ def test_force_embeds_everything_again(build, interrupt, tmp_path, embedded):
         assert (tmp_path / "i").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_killed_update_leaves_the_old_index_and_can_be_continued(
+def test_a_killed_update_leaves_the_old_index_unchanged_and_can_be_continued(
     build, interrupt, photographs, tmp_path, embedded
 ):
     build(tmp_path / "i")
@@ -1090,7 +1096,7 @@ def test_a_killed_update_leaves_the_old_index_and_can_be_continued(
     assert (tmp_path / "i").read_bytes() == (tmp_path / "j").read_bytes()
 
 
-def test_images_that_moved_with_their_folder_are_kept(
+def test_an_update_does_not_embed_images_again_if_their_folder_has_moved(
     build, photographs, tmp_path, monkeypatch, embedded
 ):
     """An update compares old and new paths as the user wrote them. A relative path is still
@@ -1105,7 +1111,7 @@ def test_images_that_moved_with_their_folder_are_kept(
     assert np.array_equal(np.asarray(index.open("z.png")), np.asarray(blots(0)))
 
 
-def test_there_are_as_many_threads_as_workers(
+def test_the_option_workers_sets_the_number_of_threads(
     build, loaded, photographs, tmp_path, monkeypatch, two_threads
 ):
     pools, real = [], ahead.ThreadPoolExecutor
@@ -1122,7 +1128,7 @@ def test_there_are_as_many_threads_as_workers(
     assert pools == [3, 4, 2]
 
 
-def test_a_second_build_of_one_file_at_the_same_time_is_an_error(build, tmp_path):
+def test_a_build_raises_an_error_while_another_process_builds_the_same_index(build, tmp_path):
     """As soon as the first build has ended, a new build works."""
     out = tmp_path / "index"
     with only_writer(tmp_path / "index.parts"):
@@ -1131,7 +1137,7 @@ def test_a_second_build_of_one_file_at_the_same_time_is_an_error(build, tmp_path
     assert len(build(out)) and not (tmp_path / "index.parts").exists()
 
 
-def test_a_build_of_unreadable_images_is_an_error(build, photographs, tmp_path):
+def test_a_build_is_an_error_if_no_image_can_be_read(build, photographs, tmp_path):
     with pytest.raises(ValueError, match="images can be read: 2 errors; the first: .*z.txt"):
         build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
     assert not (tmp_path / "i").exists() and not (tmp_path / "i.parts").exists()
@@ -1152,7 +1158,7 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
-def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkeypatch, capsys):
+def test_a_killed_embed_command_continues_if_it_is_run_again(loaded, tmp_path, monkeypatch, capsys):
     """A folder with 17 images, a broken image and a tar of five images makes three parts."""
     many, out = tmp_path / "many", tmp_path / "out"
     many.mkdir()
@@ -1211,7 +1217,9 @@ def indexed(tmp_path_factory):
     return folder / "index.safetensors"
 
 
-def test_embed_excludes_images_counts_unreadable_ones_and_updates(run, photographs, tmp_path):
+def test_embed_excludes_images_and_counts_unreadable_images_and_updates_the_index(
+    run, photographs, tmp_path
+):
     for name in ("1.heic", "2.HEIC", "b/3.NEF", "4.png"):
         (photographs / name).write_bytes(HEIC if name.endswith(("c", "C")) else b"nothing")
     line = ["embed", photographs, "--model", "everyday", "--out", tmp_path / "i"]
@@ -1247,7 +1255,7 @@ def test_search_prints_the_nearest_images(run, indexed):
     assert (status, json.loads(out)) == (0, expected) and len(expected) == 11
 
 
-def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkeypatch):
+def test_search_draws_a_sheet_in_any_working_directory(run, photographs, tmp_path, monkeypatch):
     monkeypatch.chdir(photographs)
     run("embed", ".", "--model", "everyday", "--out", "index.safetensors")
     monkeypatch.chdir(tmp_path)
@@ -1259,7 +1267,7 @@ def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkey
     assert status == 0 and "not in the picture" in err and "z.png" in err
 
 
-def test_a_search_by_another_model_is_an_error_that_names_both_models(run, indexed):
+def test_search_with_a_different_model_is_an_error_that_names_both_models(run, indexed):
     status, out, err = run("search", indexed, "a cat", "--model", "shapes")
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
     assert "by everyday" in err and "not by shapes" in err
@@ -1296,7 +1304,7 @@ def test_wrong_arguments_give_a_one_line_error(run, indexed, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_sheet_shows_writing_systems_that_pillows_font_lacks(loaded, tmp_path):
+def test_a_sheet_shows_letters_that_the_default_font_of_pillow_lacks(loaded, tmp_path):
     titles = ("Кот и пёс", "Пёс и кот", "γάτα", "日本", "nothing \udcff")
     blots(0).save(tmp_path / "кот.png")
     index = embed_images(loaded, [str(tmp_path / "кот.png")])

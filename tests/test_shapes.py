@@ -44,7 +44,7 @@ def scenes():
 # -- scenes and images ----------------------------------------------------------------------------
 
 
-def test_a_scene_depends_only_on_its_numbers():
+def test_a_scene_depends_only_on_its_index_and_seed():
     assert scene(7, seed=3) == scene(7, seed=3)
     assert len({scene(i, seed=seed) for i in range(20) for seed in range(3)}) == 60
     pictures = [np.array(draw(scene(7))[0]) for _ in range(2)]
@@ -57,7 +57,7 @@ def test_scenes_are_the_same_on_every_machine():
     assert object == ("green", "square", "large", -12, 44, 48)
 
 
-def test_scenes_have_one_to_three_objects_and_cover_all_objects_and_backgrounds():
+def test_scenes_have_one_to_three_objects_and_show_every_kind_of_object_and_background():
     drawn = [scene(i) for i in range(600)]
     assert {len(s.objects) for s in drawn} == {1, 2, 3}
     assert {len(scene(i, count=2).objects) for i in range(20)} == {2}
@@ -67,7 +67,7 @@ def test_scenes_have_one_to_three_objects_and_cover_all_objects_and_backgrounds(
     assert {s.background.kind for s in drawn} == set(world.BACKGROUNDS)
 
 
-def test_masks_are_the_pixels_of_the_objects(scenes):
+def test_masks_contain_exactly_the_pixels_of_the_objects(scenes):
     """A pixel belongs to a mask if the object covers at least half of the pixel."""
     for s in scenes:
         picture, masks = draw(s)
@@ -183,7 +183,7 @@ def captions(s):
 
 
 @pytest.mark.slow
-def test_captions_are_true_and_false_captions_are_false(scenes):
+def test_true_captions_match_the_scene_and_false_captions_do_not(scenes):
     checked = Counter()
     for s in scenes:
         random = Random(str(s.objects))
@@ -208,7 +208,7 @@ def test_say_something_returns_one_of_the_captions_of_a_scene(scenes):
 # -- a model needs the image to answer ------------------------------------------------------------
 
 
-def test_training_never_shows_or_names_held_out_pairs():
+def test_training_never_shows_or_names_held_out_pairs_of_colour_and_shape():
     assert len(HELD_OUT) + len(SEEN) == len(COLOURS) * len(SHAPES)
     assert 1 / 8 <= len(HELD_OUT) / 64 <= 1 / 6
     assert {c for c, _ in SEEN} == set(COLOURS) and {s for _, s in SEEN} == set(SHAPES)
@@ -229,7 +229,7 @@ def test_a_relation_is_used_only_if_the_objects_are_at_least_eight_pixels_apart(
         assert {relation for _, _, relation in found} == expected
 
 
-def test_swapped_captions_have_the_same_words():
+def test_a_swapped_caption_has_the_same_words_as_the_true_caption():
     for i in range(100):
         s = scene(i, count=2)
         for claim in relations(s):
@@ -245,7 +245,7 @@ def words(claim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
-def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
+def test_no_word_at_any_position_shows_which_caption_is_swapped(what):
     """At each position in a caption, a word is equally frequent in true and in false captions. The
     counts may differ by at most 4.5 standard deviations."""
     true, false = Counter(), Counter()
@@ -260,7 +260,7 @@ def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
         assert abs(true[word] - false[word]) <= 4.5 * (true[word] + false[word]) ** 0.5, word
 
 
-def test_no_relation_is_more_frequent_than_another():
+def test_all_relations_are_equally_frequent():
     """Each object may be named first, so a relation and its opposite are equally frequent."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
@@ -298,13 +298,13 @@ def new():
 
 
 @pytest.mark.slow
-def test_a_tokenizer_learns_every_word_as_one_token(new):
+def test_the_tokenizer_encodes_each_word_of_a_caption_as_one_token(new):
     words = {*COLOURS, *SHAPES, "small", "large", "something", "left", "above", "bottom"}
     assert [word for word in words if len(new.tokenizer.encode(word)) > 1] == []
 
 
 @pytest.mark.slow
-def test_a_new_run_has_the_shape_and_recipe_and_transform_of_its_checkpoint(new):
+def test_a_new_run_has_the_shape_and_recipe_and_transform_of_the_embedded_checkpoint(new):
     assert new.transform == ImageTransform.from_pretrained("shapes") != ImageTransform(64)
     assert new.recipe == read_recipe(resolve("shapes", "recipe") / "recipe.json")
     theirs = CLIP.from_pretrained("shapes").config
@@ -389,13 +389,13 @@ AREAS = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_have_their_areas(shape):
+def test_each_drawn_shape_has_the_expected_area(shape):
     for tilt in world.TILTS:
         area = world.sprite(shape, 13, tilt).sum() / 13**2
         assert area == pytest.approx(AREAS[shape], rel=0.03)
 
 
-def test_the_world_is_the_same_on_every_machine():
+def test_scenes_and_captions_and_the_dataset_are_the_same_on_every_machine():
     """These checksums were recorded once. If the scenes changed, all scores would change."""
     which = product(range(40), (0, 5), (False, True), (None, 2))
     scenes = [scene(i, seed=seed, held_out=h, count=count) for i, seed, h, count in which]

