@@ -89,7 +89,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def photograph_exhibits() -> list[Exhibit]:
-    """Each photograph with the scores of LABELS, sorted from the best label."""
+    """Each photograph with its scores for LABELS, the best score first."""
     pictures = photographs()
     model, tokenizer, transform = load("everyday")
     pixels = transform(list(pictures.values()))

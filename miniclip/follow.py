@@ -79,7 +79,9 @@ def own_method(
 
 
 def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None:
-    """Raise ValueError if a tower overrides a method whose steps the function `who` repeats.
+    """Raise ValueError if a tower overrides one of the given methods.
+
+    The function with the name `who` repeats the steps of these methods in its own code.
 
     >>> from miniclip import VisionConfig
     >>> class Mean(VisionTower):

@@ -259,8 +259,8 @@ class TextTower(Tower):
     def eos_positions(self, ids: Tensor) -> Tensor:
         """The position of each text's first end token: (B, T) -> (B,)
 
-        On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise. On a
-        GPU the check would be slow. In both cases, the position is -1 and the embedding is NaN.
+        On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise, and
+        on a GPU the check would be slow. Both give such a text the position -1 and a NaN embedding.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)

@@ -24,8 +24,8 @@ DISTRIBUTIONS = {
 def versions() -> dict[str, str]:
     """The version of Python, and of each library in DISTRIBUTIONS that has been imported.
 
-    A module's `__version__` can be more exact than pip's version, for example 2.14.1+cu130.
-    openai/CLIP has no `__version__`, so its version is from pip.
+    A module's `__version__` can be more exact than the version that pip knows, for example
+    2.14.1+cu130. openai/CLIP has no `__version__`, so the version that pip knows is returned.
     """
     found = {"Python": platform.python_version()}
     for module, distribution in DISTRIBUTIONS.items():

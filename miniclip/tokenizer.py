@@ -115,9 +115,9 @@ def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]
 class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
-    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` are
-    tokens that are found before a text is split into words: in the cleaned text if the value is
-    True, or in the raw text if it is False. OpenAI's tokenizer does not look for added tokens.
+    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` maps
+    tokens to True or False. Before a text is split into words, a token is found in the cleaned
+    text (True) or in the raw text (False). OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
     >>> tokenizer(["a cat", "a hat"]).shape

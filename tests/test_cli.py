@@ -263,7 +263,7 @@ def test_wrong_options_of_explain_are_an_error(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
-def test_the_error_of_explain_names_the_invalid_argument(run, picture, tmp_path):
+def test_the_explain_command_says_which_argument_is_invalid(run, picture, tmp_path):
     command = ["explain", picture, "a cat", "--model", "shapes", "-o", str(tmp_path / "a.png")]
     assert_one_line_error(run(*command, "--method", "smoothgrad"), "smoothgrad", "rollout")
     assert_one_line_error(run(*command[:3], "word " * 500, *command[3:]), "tokens")
@@ -484,7 +484,7 @@ def test_eval_prints_a_table_of_its_accuracies_and_confusions(run, tmp_path, mon
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the logits of the other labels are lower, and fall in the order of the labels
+        # a label's logit is minus its index, and the best label gets 10 more
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):

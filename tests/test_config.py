@@ -255,7 +255,7 @@ def test_transformers_raises_an_error_for_a_config_that_it_cannot_express(change
         transformers.CLIPModel(transformers.CLIPConfig.from_dict(written))
 
 
-def test_fields_beyond_clip_are_named_as_in_other_models_of_transformers():
+def test_config_fields_that_clip_does_not_have_are_named_as_in_other_models_of_transformers():
     vision = VisionConfig(registers=3, head_width=16)
     written = CLIPConfig(vision=vision).to_dict()["vision_config"]
     theirs = transformers.Dinov2WithRegistersConfig(num_register_tokens=3).to_dict()

@@ -116,7 +116,7 @@ def test_curves_show_the_best_score_and_the_throughput_and_the_memory(drawn):
     assert throughput.get_ylim()[0] == memory.get_ylim()[0] == 0
 
 
-def test_the_demo_draws_probabilities_as_bars_and_heat_maps_over_grey_images(drawn):
+def test_the_demo_draws_bars_for_probabilities_and_draws_heat_maps_over_grey_images(drawn):
     picture = Image.new("RGB", (8, 8), "red")
     scores = [Score(f"label {i}", 3 - i, share) for i, share in enumerate((0.5, 0.3, 0.2))]
     mask = torch.zeros(8, 8, dtype=torch.bool)

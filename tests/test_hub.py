@@ -135,7 +135,7 @@ def test_a_second_load_requests_no_file(hub, model):
     assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # only the commit is requested
 
 
-def test_local_files_only_makes_no_request(hub, model):
+def test_with_local_files_only_no_request_is_made(hub, model):
     with pytest.raises(CheckpointError, match="LocalEntryNotFoundError.*disabled"):
         CLIP.from_pretrained(NAME, local_files_only=True)
     assert not hub.requests

@@ -289,7 +289,9 @@ def test_a_file_that_openai_or_open_clip_could_have_written_gives_a_warning(tmp_
         CLIP.from_pretrained(path)
 
 
-def test_dtype_none_and_convert_keep_the_mixed_precision_of_an_openai_file(tmp_path, inputs):
+def test_dtype_none_keeps_the_mixed_precision_of_an_openai_file_and_so_does_convert(
+    tmp_path, inputs
+):
     """On a GPU, `clip.load` makes matrices float16 and leaves the rest float32."""
     peer = original(OPENAI, torch.float32)
     mixed = {n: t.half() if t.ndim > 1 else t for n, t in peer.state_dict().items()}

@@ -178,7 +178,7 @@ def test_a_fork_that_computes_sums_in_a_different_order_passes(pair):
 
 
 @torch.no_grad()
-def test_weights_that_differ_by_a_rounding_error_pass(pair):
+def test_a_model_passes_if_its_weights_differ_by_one_rounding_error(pair):
     """A weight may differ by one rounding error, but not by two rounding errors."""
     apart = copy.deepcopy(pair[0])
     weight = apart.text.blocks[1].mlp.fc1.weight

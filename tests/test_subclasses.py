@@ -768,7 +768,7 @@ def test_the_error_names_the_method_that_an_instrument_cannot_follow():
     patched.encode_image = lambda pixels, normalize=False: 2 * patched.vision(pixels)
     with pytest.raises(ValueError, match="CLIP has its own encode_image"):
         lens.decompose(patched, pixels)
-    patched.encode_image.engine = "compile"  # as `use_engine` marks its method
+    patched.encode_image.engine = "compile"  # `use_engine` sets this attribute too
     lens.decompose(patched, pixels)
     with pytest.raises(ValueError, match="does not make one token for each patch, row by row"):
         surgery.dense_features(redraw(clip_of(vision=StemVision)(TINY)).double(), pixels)

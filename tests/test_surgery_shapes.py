@@ -460,7 +460,7 @@ def test_resize_patch_multiplies_the_weights_by_a_pseudo_inverse(size):
 
 
 @torch.no_grad()
-def test_a_model_with_a_resized_patch_embeds_resized_images_like_the_original():
+def test_resize_patch_keeps_the_embeddings_if_the_images_are_resized_too():
     model = tiny_clip(torch.float64)
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (2, 3, 5, 5, 8, 8)

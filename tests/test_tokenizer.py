@@ -228,7 +228,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
 
 
 def test_the_tokenizer_reproduces_the_recorded_ids_of_other_projects(data):
-    """transformers gives the recorded ids for all 80 records, and OpenAI's code for 78."""
+    """transformers gives the recorded ids for all 80 records. OpenAI's code gives them for 78."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}

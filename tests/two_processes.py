@@ -125,7 +125,7 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])  # set by torchrun
     if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         crash_at(3, lambda: os._exit(1))
-    # If the other process crashed, stop before `store` exists, because a restart needs a new file.
+    # If the other process crashed, stop here: after a restart, the file `store` must be new.
     if status := main(lines["ddp"]):
         sys.exit(status)
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)

@@ -62,7 +62,7 @@ READY = {"miniclip": ready_miniclip, "transformers": ready_transformers}
 
 
 def kilobytes(field: str) -> int:
-    """Read a field of /proc/self/status. getrusage's peak memory would include the parent's."""
+    """Read a field of /proc/self/status. getrusage's peak includes the parent process's memory."""
     with open("/proc/self/status") as status:
         found = re.search(field + r":\s*(\d+) kB", status.read())
     return int(found[1]) if found else 0

@@ -1,4 +1,4 @@
-"""`miniclip explain`: show where a model sees texts in an image."""
+"""`miniclip explain`: show where in an image a model sees what texts describe."""
 
 import argparse
 from typing import Any
@@ -15,7 +15,9 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import printable, progress
 
-DESCRIPTION = "Draw where the model sees a text in an image, or score the methods on drawn scenes."
+DESCRIPTION = (
+    "Draw where the model sees what a text describes, or score the methods on drawn scenes."
+)
 EXAMPLE = f"""{PICTURES}
   miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
   miniclip explain --score shapes --model shapes -o methods.png"""

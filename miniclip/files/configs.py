@@ -187,7 +187,7 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
         else:
             vocab_size, width = shape("text.token_embed.weight", 2)
             sizes = {"vocab_size": vocab_size, "context_length": shape("text.pos_embed", 2)[0]}
-            # OpenAI's code pools a text at its largest id.
+            # OpenAI's code pools a text at the text's largest id.
             sizes |= {"bos_token_id": max(vocab_size - 2, 0), "eos_token_id": LEGACY_EOS}
         mlp_width, _ = shape(f"{tower}.blocks.0.mlp.fc1.weight", 2)
         layers = depth(tower, table, tensors)

@@ -379,9 +379,9 @@ def check_device(device: str | torch.device) -> None:
 def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> None:
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
-    The tokenizer may have at most as many tokens as the text tower embeds, and must end a text with
-    the id that the text tower looks for. The transform's crop must have
-    the size that the vision tower reads. transformers does not check this before the forward pass.
+    The tokenizer's vocabulary must not be larger than the text tower's. The tokenizer must end a
+    text with the id that the text tower looks for. The transform's crop must have the size that the
+    vision tower reads. transformers does not check this before the forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

@@ -115,10 +115,10 @@ def lock(folder: Path) -> int:
 def saving(directory: Path) -> Iterator[Path]:
     """Yield a folder to write files to. At the end, either all files move to `directory` or none.
 
-    An empty file in the folder means: delete the file with this name. To complete the save, the
-    folder is renamed to SAVED. If it is not in PLACE, it gets the same name in `directory`. If the
-    process is killed before the rename, the directory keeps its files. If it is killed later, the
-    next reader calls `finish_save`. Raises CheckpointError.
+    If a file in the folder is empty, the file with the same name in `directory` is deleted. To
+    complete the save, the folder is renamed to SAVED. If it is not in PLACE, it gets the same name
+    in `directory`. If the process is killed before the rename, the directory keeps its files. If it
+    is killed later, the next reader calls `finish_save`. Raises CheckpointError.
     """
     folder, is_new = directory, not directory.exists()
     try:

@@ -3,7 +3,7 @@
 - `attention.py`: attention maps, rollout, gradient-weighted relevance, Grad-CAM
 - `decompose.py`: the embedding as an exact sum over layers, heads or tokens
 - `streams.py`: the residual stream after each layer: logit lens, intermediate features
-- `heat.py`: several methods to show where a model sees a text in an image
+- `heat.py`: several methods to show where in an image a model sees what a text describes
 - `reading.py`: which tower gets an input, and which token's output becomes the embedding
 
 Diffusion models read the residual stream after a chosen block of the text tower. The block before
@@ -27,8 +27,9 @@ For one embedding of a long text, see `surgery.extend_context`.
     miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model everyday
     miniclip explain --score shapes --model shapes -o methods.png
 
-The first command draws where the model sees each text, with every method. The second command scores
-the methods. Each image shows two objects. A method must find the object that the text names:
+The first command draws where the model sees what each text describes, with every method. The second
+command scores the methods. Each image shows two objects. A method must find the object that the
+text names:
 
                                     trained weights                random weights
     method                named     other       IoU     named     other       IoU

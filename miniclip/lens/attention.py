@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """The relevance of tokens, for B pairs. Class and end tokens start at 1, other tokens at 0."""
+    """The relevance of tokens, for B pairs. It is initially 1 for class and end tokens, else 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)

@@ -18,8 +18,8 @@ def read_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a tower. Call functions with the tensors at sites. Return the results and the embedding.
 
-    `sites` is {glob: function}. The results are {site: result}. `read` is called with the
-    input of block 0. Its result has the key "embed".
+    `sites` is {glob: function}. The results are {site: result}. Also call `read` with the input of
+    block 0, and store its result under the key "embed".
     """
     rows: dict[str, Tensor] = {}
 
@@ -57,10 +57,10 @@ def decompose(
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
         so on. With "miniclip", biases are parts too. The sum of all parts is the embedding. With
-        "clip_prs", it is the embedding divided by its length. A pattern's rows sum to 1, so a
-        head adds the same value bias for every pattern. Therefore this bias is not split by token:
-        "blocks.3.attn.v_proj.bias" is (B, H, E) if `by` is "head" or "token". A fork's own MLP is
-        one part, including its biases.
+        "clip_prs", it is the embedding divided by its length. A pattern's rows sum to 1, so the
+        bias of a head's values adds the same vector for every pattern. Therefore this bias is not
+        split by token: "blocks.3.attn.v_proj.bias" is (B, H, E) if `by` is "head" or "token". A
+        fork's own MLP is one part, including its biases.
     Raises:
         ValueError: if the sum is not the embedding (for instance because a hook edits the stream),
             or for a fork with its own pooling, block or attention pattern.

@@ -1,4 +1,4 @@
-"""Several methods to compute and to draw where a model sees a text in an image."""
+"""Several methods to compute and to draw where in an image a model sees what a text describes."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -101,7 +101,7 @@ BLIND = ("attention", "rollout")  # the methods whose map is the same for every 
 def text_maps(
     image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "relevance"
 ) -> Tensor:
-    """Where the model sees each of C texts: a number for each patch, (C, rows, columns).
+    """Where the model sees what C texts describe: a number for each patch, (C, rows, columns).
 
     Args:
         image: a Pillow image, a path, bytes or an array.
@@ -139,7 +139,7 @@ def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tenso
 
 
 def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
-    """Where the model sees one text, as in `text_maps`: (rows, columns)."""
+    """Where the model sees what one text describes, as in `text_maps`: (rows, columns)."""
     return text_maps(image, [text], loaded, method)[0]
 
 

@@ -216,9 +216,9 @@ def _are_rounded_once_more(
 ) -> bool:
     """Return whether one model's weights were rounded one more time than the other model's weights.
 
-    True if one model lacks a parameter, because merging it into another parameter rounds the
-    result. Also True if some parameters differ, each by at most one rounding error, like x and
-    log(exp(x)).
+    True if one model lacks a parameter. Such a parameter was merged into another parameter, and the
+    merge rounds the result. Also True if some parameters differ, each by at most one rounding
+    error, like x and log(exp(x)).
     """
     if is_complete and ours.keys() != theirs.keys():
         return True

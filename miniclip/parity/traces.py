@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The tensors of a run, on the CPU, and the run's error."""
+    """The tensors of a run, copied to the CPU, and the run's error."""
 
     calls: dict[str, list[Tensor]]  # site -> one tensor for each call of the site's module
     error: str  # the model's error in words, or ""

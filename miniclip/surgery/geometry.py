@@ -213,8 +213,9 @@ def extend_context(
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
-    A model with the legacy end token 2 pools a text at its largest id. New ids would be larger than
-    the end token's id. So `eos_token_id` is set to the end token's real id, the largest old id.
+    A model with the legacy end token 2 pools a text at the text's largest id. New ids would be
+    larger than the end token's id. So `eos_token_id` is set to the end token's real id, the largest
+    old id.
 
     Args:
         tokens: the vectors of the new tokens, (count, W), or the number of new tokens. With a

@@ -83,5 +83,5 @@ def _import(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts any name
+if not TYPE_CHECKING:  # with a __getattr__, a type checker accepts any name
     __getattr__ = _import

@@ -425,7 +425,7 @@ SLIPS = [
         "Weights that differ by twice the rounding error count as equal.",
         "torch.finfo(one.dtype).eps * other.abs()",
         "2 * torch.finfo(one.dtype).eps * other.abs()",
-        f"{PARITY} -k by_a_rounding",
+        f"{PARITY} -k by_one_rounding",
     ),
     Slip(
         "The inputs ignore the seed.",

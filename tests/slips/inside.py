@@ -1258,7 +1258,7 @@ SURGERY = [
         "A resized patch embedding keeps its old stride.",
         "new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)",
         "new.vision.patch_embed.kernel_size = (size, size)",
-        "tests/test_surgery_shapes.py -k resized_images",
+        "tests/test_surgery_shapes.py -k images_are_resized_too",
     ),
     Slip(
         "Long-CLIP keeps 19 positions.",
