@@ -508,6 +508,7 @@ UNDESCRIBED = [
 
 
 @pytest.mark.parametrize("change, words", UNDESCRIBED, ids=[words for _, words in UNDESCRIBED])
+@pytest.mark.sweep(4)
 def test_saving_raises_an_error_if_the_config_does_not_describe_the_model(saved, change, words):
     changed, before = CLIP.from_pretrained(saved), (saved / "model.safetensors").read_bytes()
     change(changed)

@@ -172,6 +172,7 @@ POSITIVE_INTS = [
 ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "value", [0, -1, 2**31, 10**30, 1.5, 64.0, "64", None, True, [64], math.nan]
 )

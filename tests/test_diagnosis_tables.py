@@ -393,6 +393,7 @@ FOUND = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", FOUND)
 def test_a_report_names_each_fault_of_a_model(name, side):
     site, cause = name.split(" | ")

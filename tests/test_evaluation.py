@@ -159,6 +159,7 @@ class WithMetric(CLIP):
         return super().score(image_embeds.flip(-1), text_embeds)
 
 
+@pytest.mark.slow
 def test_a_score_that_grows_with_the_cosine_gives_the_same_ranks(loaded, pictures):
     features, captions = picture_features(loaded, pictures), [[c] for c in ("a", "b", "c", "d")]
     expected = caption_ranks(loaded, captions, features)

@@ -259,6 +259,7 @@ COLORS = ("red", "green", "blue", "white", "black", "yellow")
 
 
 @pytest.mark.parametrize("kind", ["folders", "captions", "beside"])
+@pytest.mark.sweep(3)
 def test_held_out_data_is_scored_by_classification_or_by_retrieval(kind, tmp_path):
     loaded = load("everyday")
     pictures = [Image.new("RGB", (32, 32), color) for color in COLORS]

@@ -378,6 +378,7 @@ def test_from_pretrained_accepts_a_pasted_address_of_a_repository(hub, model, na
     assert_same_weights(CLIP.from_pretrained(name), model)
 
 
+@pytest.mark.slow
 def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model, other, tmp_path):
     parts = {f"parts/{name}": file for name, file in other_files(other, tmp_path).items()}
     hub.repositories[NAME]["second"] = parts

@@ -90,6 +90,7 @@ INSTRUMENTS = {
 
 
 @pytest.mark.parametrize("name", [*FORWARD, *INSTRUMENTS])
+@pytest.mark.sweep(4)
 def test_no_forward_pass_or_instrument_waits_for_the_device(name, inputs):
     with OnlyMeta():
         (FORWARD | INSTRUMENTS)[name](*inputs)

@@ -819,6 +819,7 @@ KINDS_OF_FORK = {
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_FORK)
+@pytest.mark.sweep(4)
 def test_forks_with_different_module_names_are_compared_site_by_site(as_openai, kind):
     make, mlp = KINDS_OF_FORK[kind]
     fork = make(as_openai)

@@ -1111,6 +1111,7 @@ def test_an_update_does_not_embed_images_again_if_their_folder_has_moved(
     assert np.array_equal(np.asarray(index.open("z.png")), np.asarray(blots(0)))
 
 
+@pytest.mark.slow
 def test_the_option_workers_sets_the_number_of_threads(
     build, loaded, photographs, tmp_path, monkeypatch, two_threads
 ):

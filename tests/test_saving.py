@@ -398,6 +398,7 @@ def test_the_next_load_finishes_an_interrupted_save(saved, place):
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
+@pytest.mark.slow
 def test_loading_any_part_or_file_finishes_an_interrupted_save(saved, name):
     for part, kind in enumerate([CLIP, Tokenizer, ImageTransform]):
         miniclip.save(saved / SAVED, *old())
@@ -498,6 +499,7 @@ def test_a_save_does_not_replace_a_pipe_or_a_device_file(tmp_path):
 
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
+@pytest.mark.slow
 def test_a_load_during_a_save_reads_the_files_of_one_save(saved, monkeypatch, read):
     """In round n, another checkpoint is saved right after the load has opened n files."""
     parts = [old(), new()]

@@ -666,6 +666,7 @@ def test_questions_are_answered_one_at_a_time():
     assert answers == [(200, []), (200, [])] and not two.is_set()
 
 
+@pytest.mark.slow
 def test_questions_are_still_answered_one_at_a_time_after_a_timeout(monkeypatch):
     """A timeout cannot stop the thread that computes the answer, so the next question waits."""
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.2)

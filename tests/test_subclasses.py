@@ -121,6 +121,7 @@ def test_siglip_gives_the_outputs_of_transformers(dtype, tmp_path):
 @pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
+@pytest.mark.slow
 def test_clipseg_gives_the_outputs_of_transformers(dtype, tmp_path):
     config = their_config(transformers.CLIPSegConfig, **DECODER)
     theirs = saved(transformers.CLIPSegForImageSegmentation(config), tmp_path, dtype)
@@ -494,6 +495,7 @@ def test_transformers_does_not_know_the_model_type_of_a_fork(tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fork_without_new_parameters_loads_a_checkpoint_of_clip(tmp_path):
     plain = redraw(CLIP(TINY))
     plain.save_pretrained(tmp_path)

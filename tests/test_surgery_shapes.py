@@ -820,6 +820,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", REFUSED)
 def test_impossible_surgery_is_an_error(name):
     model = tiny_clip()

@@ -179,6 +179,7 @@ def test_combining_models_is_an_error_if_their_configs_do_not_describe_them(comb
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 
 
+@pytest.mark.slow
 def test_the_mean_of_merged_lora_models_is_the_mean_of_their_weights():
     models = [merge_lora(adapted(seed=seed)[1]) for seed in (1, 2)]
     weights = [model.get_submodule(NAMES[0]).weight for model in models]

@@ -866,6 +866,7 @@ def no_ends_of_words(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("apply", "message"),
     [

@@ -161,6 +161,7 @@ def sizes(count, seed=0):
 # Equal pixels
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("size, crop_size", [(32, None), (48, 31), (32, 45), (70, 66)])
 @pytest.mark.parametrize("name", EVERY_MODE)
