@@ -341,7 +341,8 @@ def encode_with(model: CLIP, name: str, encode: Encode) -> None:
         return unit_norm(encode(pixels)) if normalize else encode(pixels)
 
     vars(encode_image)["engine"] = name
-    # `deepcopy` binds a method to the copy. A copied function would still encode with this tower.
+    # `deepcopy` binds a method to the copied model, so the copy raises the error above. If it were
+    # a plain function, the copy would still encode with this tower.
     model.encode_image = MethodType(encode_image, model)  # type: ignore[method-assign]
 
 

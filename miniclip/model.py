@@ -329,7 +329,7 @@ class CLIP(Pretrained):
         self.config = config
         self.vision = self.vision_class(config.vision, config.embed_dim)
         self.text = self.text_class(config.text, config.embed_dim)
-        # The logarithm is stored, so a gradient step multiplies the scale, which stays positive.
+        # The logarithm is stored, so a gradient step multiplies the scale by a positive factor.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:

@@ -286,7 +286,9 @@ def test_a_text_tower_without_a_config_gets_the_config_published_for_its_shapes(
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keep", [half("text"), lambda name: True], ids=["clip_l", "whole"])
-def test_shapes_published_with_different_activations_need_a_config(tmp_path, layout, keep):
+def test_a_file_needs_a_config_if_its_shapes_were_published_with_different_activations(
+    tmp_path, layout, keep
+):
     path = write_zeros(tmp_path / "clip_l.safetensors", L14, layout, keep)
     said = r"laion/CLIP-ViT-L-14\S+ \(gelu\) and openai/clip-vit-large\S+ \(quick_gelu\).*config="
     with pytest.raises(CheckpointError, match=said):

@@ -171,7 +171,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_needs_only_the_memory_of_the_weights_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. If it were converted last, the peak would be too high."""
+    """One tensor is a third of the file. If it came last, the memory would exceed the limit."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):

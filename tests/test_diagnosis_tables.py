@@ -535,7 +535,7 @@ def cut_without_an_end(ids):
         (cut_without_an_end, "the end token is 5 in model, 1636 in other"),
     ],
 )
-def test_a_report_names_a_different_length_or_start_token_or_end_token(change, cause, tokenizer):
+def test_a_report_says_if_the_length_or_the_start_or_end_token_differs(change, cause, tokenizer):
     def right(texts):
         return tokenizer(texts, truncate=True)
 

@@ -295,7 +295,9 @@ def test_held_out_data_is_scored_by_classification_or_by_retrieval(kind, tmp_pat
         }
 
 
-def test_the_data_name_shapes_is_an_error_if_a_folder_has_this_name(tmp_path, monkeypatch):
+def test_open_data_raises_an_error_for_the_name_shapes_if_a_folder_has_this_name(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     open_data("shapes", TRANSFORM)
     for name in ("circle", "square"):

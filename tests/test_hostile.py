@@ -980,7 +980,7 @@ def transform_cases(files):
         yield f"cut at {cut}", {name: files[name][:cut]}
 
 
-def test_a_faulty_transform_raises_an_error_or_loads_as_the_file_says(referee, files):
+def test_a_faulty_transform_file_raises_an_error_or_loads_as_it_says(referee, files):
     picture = torch.zeros(3, 20, 30, dtype=torch.uint8)
 
     def is_as_stated(transform, label):

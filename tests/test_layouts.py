@@ -399,7 +399,7 @@ def test_a_stored_causal_mask_is_accepted_and_a_wrong_mask_is_an_error(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_file_is_memory_mapped_again_only_after_every_16_megabytes(tmp_path, monkeypatch):
+def test_a_file_is_memory_mapped_again_after_every_16_converted_megabytes(tmp_path, monkeypatch):
     opened = []
 
     def counted(*args, **kwargs):

@@ -348,7 +348,7 @@ def test_the_parts_of_a_tower_without_projection_sum_to_its_output(double):
     assert distance(sum(decompose(tower, x["vision"]).values()), expected) < FLOAT64
 
 
-def test_an_edit_that_is_not_in_the_parts_is_an_error(double):
+def test_decompose_raises_an_error_if_an_edit_is_in_none_of_the_parts(double):
     model, inputs = double
     x = inputs["vision"]
     with hooks(model, {"vision.blocks.1": lambda out, name: out * 1.1}):
@@ -362,7 +362,7 @@ def test_an_edit_that_is_not_in_the_parts_is_an_error(double):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_edit_that_is_not_in_the_parts_is_an_error_in_half_precision_too(dtype):
+def test_decompose_finds_an_edit_that_is_in_none_of_the_parts_in_half_precision_too(dtype):
     model = tiny_clip().to(dtype)
     x = random_inputs(TINY)[0].to(dtype)
     for by in ("layer", "token"):
@@ -463,7 +463,7 @@ def test_the_logit_lens_after_k_blocks_is_the_output_of_a_tower_of_k_blocks(doub
     for k in range(len(blocks) + 1):
         half.blocks = blocks[:k]
         assert distance(recomputed[:, k], encode(model, tower, x)) < FLOAT64
-    for k in range(len(blocks)):  # with "final", the difference is what block k wrote
+    for k in range(len(blocks)):  # with ln="final", block k changes the lens by what it wrote
         wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
         assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
         assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2

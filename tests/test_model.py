@@ -405,7 +405,7 @@ def test_logits_equal_those_of_transformers(double):
 
 @torch.no_grad()
 def test_every_site_gives_the_same_tensor_as_in_transformers(double):
-    """transformers' sdpa attention returns no scores and no pattern, so formulas compute them."""
+    """transformers' sdpa attention returns no scores or pattern, so the test computes them."""
     ours, theirs, pixels, ids = double
     seen, _ = watch(ours, site_shapes(TINY, B=2, C=3, T=9), pixels, ids)
     expected = transformers_sites(theirs, pixels, ids)

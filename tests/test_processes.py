@@ -117,7 +117,7 @@ def test_gather_sums_its_gradient_over_processes_and_changes_no_other_gradient(f
         assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
 
 
-def test_two_processes_give_the_loss_of_one_process_for_several_true_captions(
+def test_with_several_true_captions_two_processes_give_the_loss_of_one_process(
     folder, inputs, found
 ):
     alone = loss_of_several_captions(folder / "several", inputs["embeddings"])
@@ -165,6 +165,6 @@ def test_sharded_weights_train_like_unsharded_weights(name, options, folder):
 
 
 @pytest.mark.parametrize("part", ["", "best"])
-def test_a_sharded_run_continued_after_a_crash_ends_with_the_same_bits(part, folder):
+def test_a_sharded_run_that_is_continued_after_a_crash_ends_with_the_same_bits(part, folder):
     one, two = (CLIP.from_pretrained(folder / name / part) for name in ("fsdp", "fsdp, stopped"))
     assert_equal_models(one, two)

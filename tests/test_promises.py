@@ -37,7 +37,7 @@ Each notebook runs offline in under three minutes
     brought: a_checkpoint_in_a_subfolder_of_a_directory_is_loaded
     hub: a_checkpoint_in_a_subfolder_of_a_repository_is_loaded
 `config=` gives the sizes
-    brought: shapes_published_with_different_activations_need_a_config
+    brought: a_file_needs_a_config_if_its_shapes_were_published_with_different_activations
 reads and writes all of these
     layouts: conversion_to_any_layout_and_back_changes_no_bit
 logits and every block, float32, CPU
@@ -114,7 +114,7 @@ or it loads exactly as the file says
     hostile: a_faulty_index_of_shards_raises_an_error_or_loads_as_the_file_says
     hostile: a_faulty_config_raises_an_error_or_loads_as_the_file_says
     hostile: a_faulty_tokenizer_raises_an_error_or_loads_as_the_files_say
-    hostile: a_faulty_transform_raises_an_error_or_loads_as_the_file_says
+    hostile: a_faulty_transform_file_raises_an_error_or_loads_as_it_says
     hostile: a_checkpoint_with_missing_or_contradictory_files_raises_an_error_or_loads
 within a second of CPU time and 200 MB
     hostile: a_named_pipe_raises_an_error_without_waiting
@@ -161,7 +161,7 @@ def test_each_promise_is_in_the_docs_and_its_tests_exist(words):
 
 @cache
 def docs():
-    """All places with promises, as one line."""
+    """The text of all `PLACES`, as one line."""
     return " ".join(" ".join(path.read_text(encoding="utf-8") for path in PLACES).split())
 
 

@@ -1112,7 +1112,7 @@ def test_an_update_does_not_embed_images_again_if_their_folder_has_moved(
 
 
 @pytest.mark.slow
-def test_the_option_workers_sets_the_number_of_threads(
+def test_the_workers_option_sets_the_number_of_threads(
     build, loaded, photographs, tmp_path, monkeypatch, two_threads
 ):
     pools, real = [], ahead.ThreadPoolExecutor

@@ -276,7 +276,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
-    for index in order[:12]:  # lessons 0 and 1: captions name a place, if one is clear
+    for index in order[:12]:  # lessons 0 and 1: a caption names an object's place if it is clear
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
     for index in (35, 12):

@@ -542,7 +542,7 @@ def test_read_ahead_keeps_the_order_of_the_items_and_stops_at_its_limit():
     assert sorted(started) == list(range(30))
 
 
-def test_closing_read_ahead_early_leaves_the_remaining_items_unread(monkeypatch):
+def test_read_ahead_leaves_the_remaining_items_unread_if_it_is_closed_early(monkeypatch):
     started, second, goes_on = [], threading.Event(), threading.Event()
 
     class Pool(ThreadPoolExecutor):

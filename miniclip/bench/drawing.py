@@ -31,7 +31,8 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
         assert line.ratio is not None  # `timed` has only rows with a ratio
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
-        color = "0.7" if line.difference is None else color  # grey bar: only a part of the work
+        # A bar is grey if the contender does only a part of the work.
+        color = "0.7" if line.difference is None else color
         axes.barh(y, median - 1, left=1, color=color, height=0.6)
         axes.errorbar(
             median, y, xerr=[[median - lower], [upper - median]], color="black", linewidth=1

@@ -243,7 +243,7 @@ def check_context_length(length: Any) -> None:
         least = "2 or more, because every text has a start and an end token"
         raise wrong("context_length", length, least)
     if length > LONGEST_CONTEXT:
-        most = f"at most {LONGEST_CONTEXT}, because a larger number in a file means no limit"
+        most = f"at most {LONGEST_CONTEXT}, because files write larger numbers for 'no limit'"
         raise wrong("context_length", length, most)
 
 

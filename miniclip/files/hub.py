@@ -260,7 +260,7 @@ def _check_hashes(
 
 
 def _has_its_hash(blob: Path, name: str = "") -> bool:
-    """Whether a cached file's content has the hash `name`, by default the name of the file.
+    """Whether `name` is the hash of a cached file's content. By default, `name` is the file's name.
 
     The hub's cache names large files by their sha256 and small files by git's sha1. A mirror of
     the hub may use the plain sha1. A name that is not a hash is accepted without a check.

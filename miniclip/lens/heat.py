@@ -101,7 +101,9 @@ BLIND = ("attention", "rollout")  # the methods whose map is the same for every 
 def text_maps(
     image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "relevance"
 ) -> Tensor:
-    """Where the model sees what C texts describe: a number for each patch, (C, rows, columns).
+    """For each of C texts, compute where in the image the model sees the things it describes.
+
+    Returns (C, rows, columns), a number for each patch.
 
     Args:
         image: a Pillow image, a path, bytes or an array.
@@ -139,7 +141,7 @@ def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tenso
 
 
 def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
-    """Where the model sees what one text describes, as in `text_maps`: (rows, columns)."""
+    """Compute the map of one text, as in `text_maps`: (rows, columns)."""
     return text_maps(image, [text], loaded, method)[0]
 
 

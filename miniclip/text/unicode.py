@@ -36,8 +36,8 @@ LONG_RUN = regex.compile(r"\p{M}{32}")
 
 
 def nfc(text: str) -> str:
-    r"""Compose characters (NFC). Python sorts the combining marks after a letter in quadratic time,
-    so long runs of marks are sorted here first, in n log n.
+    r"""Compose characters (NFC). Python sorts the combining marks after a letter in quadratic time.
+    Therefore this function first sorts long runs of marks itself, in n log n.
 
     >>> nfc("a" + 20 * "\u0301\u0316") == "á" + 20 * "\u0316" + 19 * "\u0301"
     True

@@ -193,7 +193,7 @@ def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
 
 
 def swaps(claim: Claim) -> dict[str, list[Claim]]:
-    """For every two phrases of a claim, exchange the phrases or only their colours."""
+    """For each pair of phrases of a claim, exchange the two phrases, or only their colours."""
     made: dict[str, list[Claim]] = {"places": [], "colours": []}
     for i, j in combinations(range(len(claim.phrases)), 2):
         a, b = claim.phrases[i], claim.phrases[j]

@@ -31,7 +31,7 @@ TEMPLATES = (
 
 
 def read_classes() -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield for each class: the folder, its own names, and wider names that other classes share."""
+    """For each class, yield its folder, its own names, and wider names that others share."""
     group: list[str] = []
     for line in CLASSES.read_text().splitlines():
         if line.endswith(":"):
