@@ -49,7 +49,8 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
 - Weights in the file's dtype are memory-mapped. Weights in another dtype are converted a few at a
   time, so that a load needs at most 1.15 times the memory of the model.
 - A memory-mapped weight can begin at any address. On some CPUs (seen on an AMD EPYC), MKL then
-  rounds differently than for the same weights in memory. `copy.deepcopy(model)` moves the weights.
+  rounds differently than for the same weights at aligned addresses. `copy.deepcopy(model)` copies
+  the weights to aligned addresses.
 - Not promised: if another program shortens a weights file while a model has it memory-mapped, the
   process ends with a bus error. transformers has the same limit.
 """

@@ -101,7 +101,7 @@ BLIND = ("attention", "rollout")  # the methods whose map is the same for every 
 def text_maps(
     image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "relevance"
 ) -> Tensor:
-    """For each of C texts, compute where in the image the model sees the things it describes.
+    """For each of C texts, compute where in the image the model sees what the text describes.
 
     Returns (C, rows, columns), a number for each patch.
 
