@@ -851,6 +851,7 @@ def test_for_progress_a_terminal_gets_a_bar_and_a_log_file_gets_lines(
     is_terminal, seconds, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("tqdm.tqdm.monitor", None)  # as in a new process
     threads = threading.active_count()
     bar = progress(total=1)
     assert is_terminal or threading.active_count() == threads
